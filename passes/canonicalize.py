@@ -1,0 +1,206 @@
+"""Bit-exact clean-up, so that rules see one spelling where the arithmetic is one."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnx_ir.passes.common as common
+from onnx.reference import ReferenceEvaluator
+
+from fusenorm.ops.spec import DOMAIN
+from fusenorm.passes import facts
+
+# Larger results would grow the file; shapes, scalars and norm scales are far below.
+FOLD_LIMIT = 1 << 16
+# Ops whose numpy result is the runtime's to the bit: integers, and IEEE-rounded arithmetic.
+FOLDABLE = frozenset(
+    "Add Sub Mul Div Neg Cast Concat Gather Slice Reshape Squeeze Unsqueeze Transpose "
+    "Identity Flatten Equal Where Range ConstantOfShape Shape".split()
+)
+
+
+class RemoveNoOpCasts(ir.passes.InPlacePass):
+    """A Cast to the type its input has is the input."""
+
+    name = "remove_no_op_casts"
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        modified = False
+        for graph in model.graphs():
+            for node in list(graph):
+                if node.op_type != "Cast" or node.domain != "":
+                    continue
+                source, out = node.inputs[0], node.outputs[0]
+                if source is None or source.dtype is None or out.is_graph_output():
+                    continue
+                if source.dtype == ir.DataType(node.attributes["to"].as_int()):
+                    out.replace_all_uses_with(source)
+                    graph.remove(node, safe=True)
+                    modified = True
+        return ir.passes.PassResult(model, modified)
+
+
+class FoldConstants(ir.passes.InPlacePass):
+    """Replace small nodes with constant inputs, and Shape of a known dimension, by constants.
+
+    Args:
+        limit: largest result in elements.
+    """
+
+    name = "fold_constants"
+
+    def __init__(self, limit: int = FOLD_LIMIT) -> None:
+        super().__init__()
+        self.limit = limit
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        modified = False
+        opset = model.opset_imports.get("", 0)
+        for graph in model.graphs():
+            facts.annotate(graph)
+            for node in list(graph):
+                array = self._fold(node, opset)
+                if array is not None:
+                    _replace(graph, node, array)
+                    modified = True
+        return ir.passes.PassResult(model, modified)
+
+    def _fold(self, node: ir.Node, opset: int) -> np.ndarray | None:
+        if node.domain != "" or len(node.outputs) != 1 or node.outputs[0].is_graph_output():
+            return None
+        if node.op_type == "Gather":
+            known = _gathered_dim(node)
+            if known is not None:
+                return known
+        if node.op_type == "Shape":
+            return _static_shape(node)
+        if node.op_type not in FOLDABLE or not node.inputs:
+            return None
+        arrays = [facts.constant(value) for value in node.inputs]
+        if any(array is None for array in arrays):
+            return None
+        if sum(array.size for array in arrays if array is not None) > self.limit:
+            return None
+        if node.op_type in ("ConstantOfShape", "Range"):
+            return None
+        result = _evaluate(node, arrays, opset)  # type: ignore[arg-type]
+        return result if result.size <= self.limit else None
+
+
+def _static_shape(node: ir.Node) -> np.ndarray | None:
+    source = node.inputs[0]
+    if node.attributes or source is None or source.shape is None or source.shape.is_dynamic():
+        return None
+    return np.array(source.shape.numpy(), np.int64)
+
+
+def _gathered_dim(node: ir.Node) -> np.ndarray | None:
+    """Gather(Shape(x), i) where dimension i of x is known."""
+    shape_of = node.inputs[0].producer() if node.inputs[0] is not None else None
+    index = facts.constant(node.inputs[1])
+    if shape_of is None or shape_of.op_type != "Shape" or shape_of.attributes:
+        return None
+    source = shape_of.inputs[0]
+    if index is None or index.size != 1 or source is None:
+        return None
+    position = int(index.reshape(()))
+    rank = facts.rank(source)
+    dim: object = None
+    if position == -1 or (rank is not None and position == rank - 1):
+        dim = facts.last_dim(source)
+    elif source.shape is not None and -source.shape.rank() <= position < source.shape.rank():
+        dim = source.shape[position]
+    return np.full(index.shape, dim, np.int64) if isinstance(dim, int) else None
+
+
+def _evaluate(node: ir.Node, arrays: list[np.ndarray], opset: int) -> np.ndarray:
+    proto = ir.serde.serialize_node(node)
+    graph = onnx.helper.make_graph(
+        [proto],
+        "fold",
+        [
+            onnx.helper.make_tensor_value_info(
+                name, onnx.helper.np_dtype_to_tensor_dtype(array.dtype), array.shape
+            )
+            for name, array in {n: a for n, a in zip(proto.input, arrays, strict=True)}.items()
+        ],
+        [onnx.helper.make_tensor_value_info(proto.output[0], onnx.TensorProto.FLOAT, None)],
+    )
+    model = onnx.helper.make_model(
+        graph, opset_imports=[onnx.helper.make_opsetid("", opset)], ir_version=10
+    )
+    with np.errstate(all="ignore"):
+        result = ReferenceEvaluator(model).run(
+            None, dict(zip(proto.input, arrays, strict=True))
+        )[0]
+    return np.asarray(result)
+
+
+def _replace(graph: ir.Graph, node: ir.Node, array: np.ndarray) -> None:
+    old = node.outputs[0]
+    name = old.name
+    old.name = f"{name}_unfolded"
+    new = ir.val(name, const_value=ir.tensor(array, name=name))
+    old.replace_all_uses_with(new)
+    graph.remove(node, safe=True)
+    graph.register_initializer(new)
+
+
+class Canonicalize(ir.passes.Sequential):
+    """Constants lifted and folded, no-op nodes dropped, equal expressions merged, shapes known.
+
+    Every step keeps each remaining value's bits; model-local functions of other domains are
+    inlined so that rules see through them.
+    """
+
+    name = "canonicalize"
+
+    def __init__(self) -> None:
+        super().__init__(
+            common.InlinePass(criteria=lambda function: function.domain != DOMAIN),
+            common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+            common.IdentityEliminationPass(),
+            common.RemoveUnusedNodesPass(),
+            InferShapes(),
+            RemoveNoOpCasts(),
+            FoldConstants(),
+            InferShapes(),
+            common.CommonSubexpressionEliminationPass(),
+            FoldConstants(),
+            common.RemoveUnusedNodesPass(),
+            Annotate(),
+        )
+
+
+class InferShapes(ir.passes.InPlacePass):
+    """ONNX shape inference with data propagation; a model it cannot handle stays as it is."""
+
+    name = "infer_shapes"
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        return common.ShapeInferencePass(check_type=False, strict_mode=False)(model)
+
+
+class Annotate(ir.passes.InPlacePass):
+    """Prove last dimensions where shape inference lost them."""
+
+    name = "annotate"
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        for graph in model.graphs():
+            facts.annotate(graph)
+        return ir.passes.PassResult(model, False)
+
+
+class Cleanup(ir.passes.Sequential):
+    """Drop what fusion left without a reader."""
+
+    name = "cleanup"
+
+    def __init__(self) -> None:
+        super().__init__(
+            common.RemoveUnusedNodesPass(),
+            common.RemoveUnusedFunctionsPass(),
+            common.RemoveUnusedOpsetsPass(process_functions=False),
+        )

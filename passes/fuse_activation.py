@@ -1,0 +1,186 @@
+"""GELU and Swish from the elementary functions exporters write them in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import ClassVar
+
+import onnx_ir as ir
+
+from fusenorm.ops.activation import Gated
+from fusenorm.passes import facts
+from fusenorm.passes.pattern import (
+    Const,
+    Miss,
+    Named,
+    Op,
+    Pattern,
+    Refusal,
+    Scalar,
+    State,
+    Var,
+    node_name,
+)
+from fusenorm.passes.rewrite import Check, Rewrite, RewritePass, Rule, first_accepted
+from fusenorm.passes.spelling import (
+    add,
+    div,
+    erf_argument,
+    half_of_product,
+    mul,
+    one_of,
+    sigmoid,
+    storage,
+    tanh_argument,
+    wide,
+)
+
+
+def gelu_pattern() -> Pattern:
+    """½·x·(1 + erf(x/√2))."""
+    x = wide(Var("x"))
+    gate = add(Named("inner", Op("Erf", (erf_argument(x),))), Const(1))
+    return storage(half_of_product(x, gate))
+
+
+def gelu_tanh_pattern() -> Pattern:
+    """½·x·(1 + tanh(√(2/π)·(x + 0.044715·x³)))."""
+    x = wide(Var("x"))
+    gate = add(Named("inner", Op("Tanh", (tanh_argument(x),))), Const(1))
+    return storage(half_of_product(x, gate))
+
+
+def swish_pattern() -> Pattern:
+    """x·sigmoid(β·x), β a constant scalar or absent."""
+    x = wide(Var("x"))
+    argument = one_of(x, mul(x, Scalar("beta")))
+    negative = one_of(Op("Neg", (argument,)), mul(argument, Const(-1)))
+    return storage(
+        one_of(
+            mul(x, Named("inner", sigmoid(argument))),
+            div(x, Named("inner", add(Op("Exp", (negative,)), Const(1)))),
+        )
+    )
+
+
+class _FuseActivation(Rule):
+    """What the activation rules share: one pattern over one variable x."""
+
+    activation: ClassVar[str]
+    pattern: ClassVar[Callable[[], Pattern]]
+
+    def __init__(self) -> None:
+        self._pattern = type(self).pattern()
+
+    def propose(self, root: ir.Node) -> Rewrite | Miss | None:
+        return first_accepted(self._pattern, root.outputs[0], lambda m: self._accept(root, m))
+
+    def _accept(self, root: ir.Node, match: State) -> Rewrite | Refusal:
+        x, y = match.bindings["x"], root.outputs[0]
+        dtype = facts.dtype_of(x)
+        if dtype is None or dtype != facts.dtype_of(y):
+            detail = f"input is {dtype}, output {facts.dtype_of(y)}"
+            return Refusal("types", node_name(root), detail)
+        stepwise = dtype in ("f16", "bf16") and facts.dtype_of(match.bindings["inner"]) == dtype
+        spec = Gated(self.activation, "none", dtype, "storage" if stepwise else "f32")
+        beta = match.bindings.get("beta")
+        number = 1.0 if beta is None else facts.scalar(beta)
+        assert number is not None
+        return Rewrite(
+            rule=self.name,
+            spec=spec,
+            inputs=(x,),
+            attributes={"beta": number} if spec.attributes else {},
+            outputs=(y,),
+            nodes=match.nodes,
+        )
+
+
+class FuseGelu(_FuseActivation):
+    """GELU written with Erf becomes one op.
+
+    ## What it matches
+    ½, x and 1 + erf(x/√2) multiplied in any association and order; x/√2 or x·√½; ½ or /2.
+
+    ## Formula
+    y = ½·x·(1 + erf(x/√2)).
+
+    ## Numerics
+    16-bit graphs keep a rounding at every node.
+
+    ## Refuses
+    `constant`: another constant than the formula's, beyond what its type can hold.
+    `different_operand`: the factors read different values. `types`, `check_failed`.
+
+    ## References
+    arXiv 1606.08415; ONNX Gelu-20.
+    """
+
+    name = "gelu"
+    op = "Gelu"
+    roots = frozenset({"Mul", "Div", "Cast"})
+    activation = "gelu"
+    pattern = staticmethod(gelu_pattern)
+
+
+class FuseGeluTanh(_FuseActivation):
+    """GELU's tanh approximation becomes one op.
+
+    ## What it matches
+    x³ as Pow 3 or products, √(2/π) inside or factored out, every order and association.
+
+    ## Formula
+    y = ½·x·(1 + tanh(√(2/π)·(x + 0.044715·x³))).
+
+    ## Numerics
+    16-bit graphs keep a rounding at every node of the declared body; a spelling that rounds
+    elsewhere is refused by the check.
+
+    ## Refuses
+    As gelu.
+
+    ## References
+    arXiv 1606.08415; ONNX Gelu-20 with approximate="tanh".
+    """
+
+    name = "gelu_tanh"
+    op = "Gelu"
+    roots = frozenset({"Mul", "Div", "Cast"})
+    activation = "gelu_tanh"
+    pattern = staticmethod(gelu_tanh_pattern)
+
+
+class FuseSwish(_FuseActivation):
+    """Swish, SiLU and QuickGELU become one op.
+
+    ## What it matches
+    x·sigmoid(β·x) with β constant or absent; sigmoid as Sigmoid or 1/(1 + exp(-x)).
+
+    ## Formula
+    y = x·sigmoid(beta·x); SiLU is beta = 1, QuickGELU beta = 1.702.
+
+    ## Numerics
+    16-bit graphs keep a rounding at every node.
+
+    ## Refuses
+    `not_scalar`: β is a vector or computed. `different_operand`: x·sigmoid(g) is a gated unit,
+    see glu. `types`, `check_failed`.
+
+    ## References
+    arXiv 1710.05941; ONNX Swish-24.
+    """
+
+    name = "swish"
+    op = "Swish"
+    roots = frozenset({"Mul", "Div", "Cast"})
+    activation = "swish"
+    pattern = staticmethod(swish_pattern)
+
+
+class FuseActivation(RewritePass):
+    """The pass of the activation rules."""
+
+    name = "fuse_activation"
+
+    def __init__(self, check: Check | None = None, budget: list[int] | None = None) -> None:
+        super().__init__((FuseGelu(), FuseGeluTanh(), FuseSwish()), check, budget)

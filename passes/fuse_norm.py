@@ -1,0 +1,193 @@
+"""LayerNorm and RMSNorm, recognised as algebra around one mean of squares."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from fusenorm.ops.norm import Norm
+from fusenorm.ops.spec import DType
+from fusenorm.passes import facts
+from fusenorm.passes.pattern import (
+    Miss,
+    Named,
+    Pattern,
+    Refusal,
+    Scalar,
+    State,
+    Var,
+    node_name,
+)
+from fusenorm.passes.rewrite import Check, Rewrite, RewritePass, Rule, first_accepted
+from fusenorm.passes.spelling import (
+    add,
+    centred,
+    mean_square,
+    mul,
+    one_of,
+    over_root,
+    storage,
+    wide,
+)
+
+
+def norm_pattern(subtract_mean: bool) -> Pattern:
+    """c/√(mean(c²)+ε)·γ+β with γ and β optional, c = x - mean(x) or x."""
+    x = Var("x")
+    c = wide(centred(wide(x), "x")) if subtract_mean else wide(x)
+    variance = add(Named("variance", mean_square(c, "x")), Scalar("epsilon"))
+    scale, bias = wide(Var("scale")), wide(Var("bias"))
+    normalised = over_root(c, variance)
+    scaled = one_of(
+        mul(storage(normalised), scale),
+        over_root(mul(c, scale), variance),
+        mul(c, over_root(scale, variance)),
+    )
+    affine = Named("affine", one_of(add(scaled, bias), scaled, add(storage(normalised), bias)))
+    return storage(one_of(affine, normalised))
+
+
+class _FuseNorm(Rule):
+    """What both norms share; subclasses say whether the mean is subtracted."""
+
+    roots = frozenset({"Add", "Mul", "Div", "Cast"})
+    subtract_mean: bool
+
+    def __init__(self) -> None:
+        self.pattern = norm_pattern(self.subtract_mean)
+
+    def propose(self, root: ir.Node) -> Rewrite | Miss | None:
+        return first_accepted(self.pattern, root.outputs[0], lambda m: self._accept(root, m))
+
+    def _accept(self, root: ir.Node, match: State) -> Rewrite | Refusal:
+        found, name = match.bindings, node_name(root)
+        x, y = found["x"], root.outputs[0]
+        dtype = facts.dtype_of(x)
+        if dtype is None or dtype != facts.dtype_of(y):
+            detail = f"input is {dtype}, output {facts.dtype_of(y)}"
+            return Refusal("types", name, detail)
+        size = facts.last_dim(x)
+        if size is None:
+            return Refusal("hidden_unknown", name, f"the last dimension of {x.name} is unknown")
+        vectors = {}
+        for slot in ("scale", "bias"):
+            if slot not in found:
+                continue
+            vector = as_vector(found[slot], size, facts.rank(x))
+            if vector is None:
+                detail = f"{found[slot].name} is not one row of {size} numbers"
+                return Refusal(f"{slot}_shape", name, detail)
+            vectors[slot] = vector
+        spec = Norm(
+            centred=self.subtract_mean,
+            dtype=dtype,
+            scale=facts.dtype_of(vectors["scale"]) if "scale" in vectors else None,
+            bias=facts.dtype_of(vectors["bias"]) if "bias" in vectors else None,
+            affine=_affine(found.get("affine"), dtype),
+        )
+        epsilon = facts.scalar(found["epsilon"])
+        assert epsilon is not None
+        return Rewrite(
+            rule=self.name,
+            spec=spec,
+            inputs=(x, *vectors.values()),
+            attributes={"epsilon": epsilon},
+            outputs=(y,),
+            nodes=match.nodes,
+        )
+
+
+def _affine(value: ir.Value | None, dtype: DType) -> str:  # type: ignore[return]
+    """Whether γ and β apply in the 16-bit storage type or in f32."""
+    if value is None or dtype not in ("f16", "bf16"):
+        return "f32"
+    return "storage" if facts.dtype_of(value) == dtype else "f32"
+
+
+def as_vector(value: ir.Value, size: int, rank: int | None) -> ir.Value | None:
+    """`value` where it is one row of `size` numbers; a constant scalar is repeated into one.
+
+    A row of higher rank than x would enlarge x, so it must not have more dimensions.
+    """
+    number = facts.scalar(value)
+    if number is not None and size > 1:
+        array = facts.constant(value)
+        assert array is not None
+        if array.ndim > (1 if rank is None else rank):
+            return None
+        repeated = ir.val(
+            f"{value.name}_x{size}", const_value=ir.tensor(np.full(size, array.reshape(())))
+        )
+        repeated.const_value.name = repeated.name  # type: ignore[union-attr]
+        return repeated
+    if not facts.is_vector(value, size):
+        return None
+    assert value.shape is not None
+    own = value.shape.rank()
+    return value if own == 1 or (rank is not None and own <= rank) else None
+
+
+class FuseLayerNorm(_FuseNorm):
+    """Decomposed LayerNorm becomes one op.
+
+    ## What it matches
+    Mean, centring, mean of squares, root, division, then scale and bias, in any spelling:
+    square as Pow 2, x·x or ReduceSumSquare; mean as ReduceMean or a sum divided by the size;
+    division by the root, by Reciprocal, by 1/√ or Pow -0.5; operands in any order; scale applied
+    to the centred value, to the inverse root or last; 16-bit models with or without an f32
+    island of Casts.
+
+    ## Formula
+    y = (x - mean(x)) / sqrt(mean((x - mean(x))²) + epsilon) · scale + bias over the last axis.
+
+    ## Numerics
+    Statistics in f32, two-pass. The rounding before scale and bias is kept where the graph has
+    it.
+
+    ## Refuses
+    `axis`, `keepdims`: not the last axis, or the axis dropped. `scale_shape`, `bias_shape`: not
+    one row of the hidden size. `not_scalar`: epsilon is no constant scalar. `types`,
+    `hidden_unknown`, `check_failed`.
+
+    ## References
+    arXiv 1607.06450; ONNX LayerNormalization-17.
+    """
+
+    name = "layer_norm"
+    op = "LayerNorm"
+    subtract_mean = True
+
+
+class FuseRMSNorm(_FuseNorm):
+    """Decomposed RMSNorm becomes one op.
+
+    ## What it matches
+    The mean of squares, its root, the division and the scale in any spelling (see layer_norm);
+    scale missing, folded as 1 + γ, scalar, or applied in the 16-bit type after the cast.
+
+    ## Formula
+    y = x / sqrt(mean(x²) + epsilon) · scale + bias over the last axis.
+
+    ## Numerics
+    Statistics in f32. `x_hat.to(T) * scale` (Llama) and `(x_hat * scale).to(T)` (Gemma, OLMo2)
+    round differently; each keeps its own order.
+
+    ## Refuses
+    As layer_norm.
+
+    ## References
+    arXiv 1910.07467; ONNX RMSNormalization-23.
+    """
+
+    name = "rms_norm"
+    op = "RMSNorm"
+    subtract_mean = False
+
+
+class FuseNorm(RewritePass):
+    """The pass of both norm rules."""
+
+    name = "fuse_norm"
+
+    def __init__(self, check: Check | None = None, budget: list[int] | None = None) -> None:
+        super().__init__((FuseLayerNorm(), FuseRMSNorm()), check, budget)

@@ -1,0 +1,358 @@
+"""The matcher: patterns are algebra, a match is a set of bindings, a failure has a node.
+
+A pattern can do two things: `match` a value of a graph, yielding every way it fits, and
+`spell` itself into a graph, one graph for every sequence of choices. The tests of a rule are
+its own spellings.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from fusenorm.ops.spec import DTYPES, DType
+from fusenorm.passes import facts
+
+COMMUTATIVE = frozenset({"Add", "Mul"})
+
+
+@dataclasses.dataclass(frozen=True)
+class Refusal:
+    """Why a site was left alone: a stable code, the node, and words a user can act on."""
+
+    code: str
+    node: str
+    detail: str
+
+
+@dataclasses.dataclass(frozen=True)
+class State:
+    """A partial match: what is bound, which nodes were used."""
+
+    bindings: Mapping[str, ir.Value] = dataclasses.field(default_factory=dict)
+    nodes: tuple[ir.Node, ...] = ()
+
+    def bind(self, name: str, value: ir.Value) -> State | None:
+        """With `name` bound to `value`, None if it is bound to another one."""
+        if name in self.bindings:
+            return self if self.bindings[name] is value else None
+        return dataclasses.replace(self, bindings={**self.bindings, name: value})
+
+    def visit(self, node: ir.Node) -> State:
+        if node in self.nodes:
+            return self
+        return dataclasses.replace(self, nodes=(*self.nodes, node))
+
+
+@dataclasses.dataclass
+class Miss:
+    """The deepest point a match came to before it failed."""
+
+    nodes: tuple[ir.Node, ...] = ()
+    refusal: Refusal | None = None
+
+    def record(self, state: State, code: str, node: ir.Node | None, detail: str) -> None:
+        if self.refusal is None or len(state.nodes) > len(self.nodes):
+            self.nodes = state.nodes
+            self.refusal = Refusal(code, node_name(node), detail)
+
+
+def node_name(node: ir.Node | None) -> str:
+    """A node's name, or its first output's where it has none."""
+    if node is None:
+        return "(graph input)"
+    return node.name or node.outputs[0].name or node.op_type
+
+
+class Speller:
+    """Builds one spelling of a pattern; every free choice is asked of `pick`."""
+
+    def __init__(self, choices: Sequence[int], opset: int, dtype: DType, rank: int) -> None:
+        self.choices = list(choices)
+        self.sizes: list[int] = []
+        self.opset = opset
+        self.dtype = dtype
+        self.rank = rank
+        self.nodes: list[ir.Node] = []
+        self.initializers: list[ir.Value] = []
+        self.values: dict[str, ir.Value] = {}
+
+    def pick(self, count: int) -> int:
+        position = len(self.sizes)
+        self.sizes.append(count)
+        return self.choices[position] if position < len(self.choices) else 0
+
+    def constant(self, array: np.ndarray) -> ir.Value:
+        name = f"const_{len(self.initializers)}"
+        value = ir.val(name, const_value=ir.tensor(array, name=name))
+        self.initializers.append(value)
+        return value
+
+    def number(self, value: float, dtype: DType) -> ir.Value:
+        return self.constant(np.array(value, DTYPES[dtype].numpy))
+
+    def node(
+        self, op_type: str, inputs: Sequence[ir.Value], dtype: DType | None = None, **attributes: object
+    ) -> ir.Value:
+        out = ir.val(f"v{len(self.nodes)}")
+        out.dtype = DTYPES[dtype].onnx if dtype else inputs[0].dtype
+        node = ir.node(op_type, inputs, attributes=attributes, outputs=[out])  # type: ignore[arg-type]
+        self.nodes.append(node)
+        return out
+
+
+class Pattern(abc.ABC):
+    """One piece of algebra."""
+
+    @abc.abstractmethod
+    def match(self, value: ir.Value, state: State, miss: Miss) -> Iterator[State]:
+        """Every way `value` is this expression, given what is bound already."""
+
+    @abc.abstractmethod
+    def spell(self, speller: Speller) -> ir.Value:
+        """Write this expression as nodes."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Var(Pattern):
+    """Any value; the same name is the same value everywhere."""
+
+    name: str
+
+    def match(self, value: ir.Value, state: State, miss: Miss) -> Iterator[State]:
+        bound = state.bind(self.name, value)
+        if bound is not None:
+            yield bound
+        else:
+            detail = f"{value.name} should be {state.bindings[self.name].name} ({self.name})"
+            miss.record(state, "different_operand", value.producer(), detail)
+
+    def spell(self, speller: Speller) -> ir.Value:
+        return speller.values[self.name]
+
+
+@dataclasses.dataclass(frozen=True)
+class Scalar(Pattern):
+    """A constant of one element, bound to `name`."""
+
+    name: str
+
+    def match(self, value: ir.Value, state: State, miss: Miss) -> Iterator[State]:
+        if facts.scalar(value) is None:
+            detail = f"{self.name} ({value.name}) is not a constant scalar"
+            miss.record(state, "not_scalar", value.producer(), detail)
+            return
+        bound = state.bind(self.name, value)
+        if bound is not None:
+            yield bound
+
+    def spell(self, speller: Speller) -> ir.Value:
+        return speller.values[self.name]
+
+
+@dataclasses.dataclass(frozen=True)
+class Const(Pattern):
+    """A constant equal to `number`, as exactly as its type can hold it."""
+
+    number: float
+
+    def match(self, value: ir.Value, state: State, miss: Miss) -> Iterator[State]:
+        found = facts.scalar(value)
+        dtype = facts.dtype_of(value)
+        # A constant may have been rounded once to f32 before it reached a wider type.
+        unit = max(DTYPES[dtype].epsilon if dtype else 0.0, DTYPES["f32"].epsilon)
+        if found is not None and abs(found - self.number) <= unit * abs(self.number):
+            yield state
+        else:
+            detail = f"{value.name} is {found}, not {self.number:g}"
+            miss.record(state, "constant", value.producer(), detail)
+
+    def spell(self, speller: Speller) -> ir.Value:
+        return speller.number(self.number, speller.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Op(Pattern):
+    """A node of the standard domain; Add and Mul match in both orders."""
+
+    op_type: str
+    operands: tuple[Pattern, ...]
+
+    def match(self, value: ir.Value, state: State, miss: Miss) -> Iterator[State]:
+        node = _producer(value, self.op_type, state, miss)
+        if node is None or len(node.inputs) != len(self.operands):
+            return
+        here = state.visit(node)
+        orders = [node.inputs]
+        if self.op_type in COMMUTATIVE:
+            orders.append(tuple(reversed(node.inputs)))
+        for inputs in orders:
+            yield from _match_all(self.operands, inputs, here, miss)
+
+    def spell(self, speller: Speller) -> ir.Value:
+        values = [operand.spell(speller) for operand in self.operands]
+        if self.op_type in COMMUTATIVE and speller.pick(2):
+            values.reverse()
+        # A scalar constant carries no rank, so the other operand decides the type.
+        typed = next((v for v in values if v.const_value is None), values[0])
+        return speller.node(self.op_type, values, facts.dtype_of(typed))
+
+
+@dataclasses.dataclass(frozen=True)
+class Reduce(Pattern):
+    """A reduction over the last axis, keepdims=1, however its axes are written."""
+
+    op_type: str
+    operand: Pattern
+
+    def match(self, value: ir.Value, state: State, miss: Miss) -> Iterator[State]:
+        node = _producer(value, self.op_type, state, miss)
+        if node is None or node.inputs[0] is None:
+            return
+        here = state.visit(node)
+        if facts.attribute_int(node, "keepdims", 1) != 1:
+            miss.record(here, "keepdims", node, "the reduction drops its axis (keepdims=0)")
+            return
+        axes = _axes(node)
+        if axes is None or len(axes) != 1 or not facts.is_last_axis(axes[0], node.inputs[0]):
+            detail = f"reduces over axes {axes}, not provably just the last one"
+            miss.record(here, "axis", node, detail)
+            return
+        yield from self.operand.match(node.inputs[0], here, miss)
+
+    def spell(self, speller: Speller) -> ir.Value:
+        value = self.operand.spell(speller)
+        axis = (-1, speller.rank - 1)[speller.pick(2)]
+        as_input = 13 if self.op_type == "ReduceSum" else 18
+        if speller.opset >= as_input:
+            inputs = [value, speller.constant(np.array([axis], np.int64))]
+            return speller.node(self.op_type, inputs, keepdims=1)
+        return speller.node(self.op_type, [value], axes=[axis], keepdims=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Width(Pattern):
+    """A constant equal to the size of the last axis of variable `of`, or to its reciprocal."""
+
+    of: str
+    reciprocal: bool = False
+
+    def match(self, value: ir.Value, state: State, miss: Miss) -> Iterator[State]:
+        found = facts.scalar(value)
+        source = state.bindings.get(self.of)
+        size = facts.last_dim(source) if source is not None else None
+        expected = None if size is None else (1 / size if self.reciprocal else float(size))
+        if found is not None and expected is not None and np.isclose(found, expected, rtol=1e-6):
+            yield state
+        else:
+            detail = f"{value.name} is {found}, not the hidden size {size}"
+            miss.record(state, "hidden_size", value.producer(), detail)
+
+    def spell(self, speller: Speller) -> ir.Value:
+        shape = speller.values[self.of].shape
+        assert shape is not None
+        size = float(shape[-1])  # type: ignore[arg-type]
+        return speller.number(1 / size if self.reciprocal else size, "f32")
+
+
+@dataclasses.dataclass(frozen=True)
+class OneOf(Pattern):
+    """Alternative spellings of one thing, tried in order."""
+
+    options: tuple[Pattern, ...]
+
+    def match(self, value: ir.Value, state: State, miss: Miss) -> Iterator[State]:
+        for option in self.options:
+            yield from option.match(value, state, miss)
+
+    def spell(self, speller: Speller) -> ir.Value:
+        return self.options[speller.pick(len(self.options))].spell(speller)
+
+
+@dataclasses.dataclass(frozen=True)
+class Casted(Pattern):
+    """The operand, possibly through one Cast between float types.
+
+    to: the type the speller casts to in 16-bit spellings (`wide` is f32, `storage` is T).
+    """
+
+    operand: Pattern
+    to: str
+
+    def match(self, value: ir.Value, state: State, miss: Miss) -> Iterator[State]:
+        node = value.producer()
+        if node is not None and node.op_type == "Cast" and node.domain == "":
+            source = node.inputs[0]
+            if source is not None and facts.dtype_of(value) and facts.dtype_of(source):
+                yield from self.operand.match(source, state.visit(node), miss)
+        yield from self.operand.match(value, state, miss)
+
+    def spell(self, speller: Speller) -> ir.Value:
+        value = self.operand.spell(speller)
+        target: DType = "f32" if self.to == "wide" else speller.dtype
+        if facts.dtype_of(value) == target:
+            return value
+        return speller.node("Cast", [value], target, to=int(DTYPES[target].onnx))
+
+
+@dataclasses.dataclass(frozen=True)
+class Named(Pattern):
+    """The operand, its value bound to `name` for the rule's guards."""
+
+    name: str
+    operand: Pattern
+
+    def match(self, value: ir.Value, state: State, miss: Miss) -> Iterator[State]:
+        bound = state.bind(self.name, value)
+        if bound is not None:
+            yield from self.operand.match(value, bound, miss)
+
+    def spell(self, speller: Speller) -> ir.Value:
+        return self.operand.spell(speller)
+
+
+def _producer(value: ir.Value, op_type: str, state: State, miss: Miss) -> ir.Node | None:
+    node = value.producer()
+    if node is not None and node.op_type == op_type and node.domain == "":
+        return node
+    found = node.op_type if node is not None else "an input or constant"
+    miss.record(state, "operator", node, f"{value.name} is {found}, not {op_type}")
+    return None
+
+
+def _match_all(
+    operands: Sequence[Pattern], values: Sequence[ir.Value | None], state: State, miss: Miss
+) -> Iterator[State]:
+    if not operands:
+        yield state
+        return
+    first = values[0]
+    if first is None:
+        return
+    for matched in operands[0].match(first, state, miss):
+        yield from _match_all(operands[1:], values[1:], matched, miss)
+
+
+def _axes(node: ir.Node) -> list[int] | None:
+    """The axes of a reduction; None when they cannot be known or mean all of them."""
+    if "axes" in node.attributes:
+        return list(node.attributes["axes"].as_ints())
+    if len(node.inputs) > 1:
+        axes = facts.constant(node.inputs[1])
+        return None if axes is None else [int(axis) for axis in axes.reshape(-1)]
+    return None
+
+
+def matches(pattern: Pattern, value: ir.Value) -> Iterator[State | Miss]:
+    """Every match of `pattern` at `value`; last, if there was none, the nearest miss."""
+    miss = Miss()
+    found = False
+    for state in pattern.match(value, State(), miss):
+        found = True
+        yield state
+    if not found:
+        yield miss

@@ -1,0 +1,248 @@
+"""From a match to a fused node: proposals, their application, and the pass that runs rules."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import ClassVar
+
+import onnx_ir as ir
+
+from fusenorm.errors import BadInput
+from fusenorm.ops.spec import DOMAIN, OpSpec
+from fusenorm.passes import facts
+from fusenorm.passes.pattern import Miss, Pattern, Refusal, State, matches, node_name
+
+RULE_KEY = "fusenorm.rule"
+SOURCE_KEY = "fusenorm.source"
+MISS_KEY = "fusenorm.miss"
+MIN_IR_VERSION = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Rewrite:
+    """A proposal: these source nodes become one node of `spec`.
+
+    Attributes:
+        rule: name of the rule that proposes it.
+        spec: the fused op.
+        inputs: one value for each of spec.inputs.
+        attributes: one number for each of spec.attributes.
+        outputs: the values the node's outputs take the place of, in order of spec.outputs;
+            None for an output the source graph does not have.
+        nodes: the source nodes it stands for.
+    """
+
+    rule: str
+    spec: OpSpec
+    inputs: tuple[ir.Value, ...]
+    attributes: Mapping[str, float]
+    outputs: tuple[ir.Value | None, ...]
+    nodes: tuple[ir.Node, ...]
+
+    @property
+    def root(self) -> ir.Node:
+        assert self.outputs[0] is not None
+        producer = self.outputs[0].producer()
+        assert producer is not None
+        return producer
+
+
+Check = Callable[[Rewrite, int], Refusal | None]
+
+
+class Rule(abc.ABC):
+    """One fusion. The class docstring is its documentation (`fusenorm rules NAME`).
+
+    Sections, in this order: What it matches, Formula, Numerics, Refuses, References.
+    """
+
+    name: ClassVar[str]
+    op: ClassVar[str]
+    roots: ClassVar[frozenset[str]]
+
+    @property
+    def summary(self) -> str:
+        return (type(self).__doc__ or "").strip().splitlines()[0]
+
+    @property
+    def documentation(self) -> str:
+        import inspect
+
+        return inspect.cleandoc(type(self).__doc__ or "")
+
+    @abc.abstractmethod
+    def propose(self, root: ir.Node) -> Rewrite | Miss | None:
+        """A rewrite of the subgraph ending in `root`, or how near it came.
+
+        None says that `root` is plainly no candidate.
+        """
+
+
+def first_accepted(
+    pattern: Pattern, root: ir.Value, accept: Callable[[State], Rewrite | Refusal]
+) -> Rewrite | Miss:
+    """The first match of `pattern` at `root` that passes `accept`, else the nearest miss."""
+    nearest = Miss()
+    for found in matches(pattern, root):
+        if isinstance(found, Miss):
+            return found
+        outcome = accept(found)
+        if isinstance(outcome, Rewrite):
+            return outcome
+        if nearest.refusal is None or len(found.nodes) > len(nearest.nodes):
+            nearest = Miss(found.nodes, outcome)
+    return nearest
+
+
+class RewritePass(ir.passes.InPlacePass):
+    """Runs rules over every graph of a model, from outputs to inputs, largest match first.
+
+    Args:
+        rules: tried in order at each node.
+        check: proves a proposal before it is applied; a refusal leaves the graph as it was.
+        budget: how many rewrites may still be made, shared between passes (for bisecting).
+    """
+
+    name: ClassVar[str] = "rewrite"
+
+    def __init__(
+        self, rules: tuple[Rule, ...], check: Check | None = None, budget: list[int] | None = None
+    ) -> None:
+        super().__init__()
+        self.rules = rules
+        self.check = check
+        self.budget = budget if budget is not None else [2**31]
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        modified = False
+        opset = model.opset_imports.get("", 0)
+        for graph in list(model.graphs()):
+            changed = False
+            for node in reversed(list(graph)):
+                if node.graph is not None:
+                    changed |= self._visit(model, node, opset)
+            if changed:
+                graph.sort()
+            modified |= changed
+        return ir.passes.PassResult(model, modified)
+
+    def _visit(self, model: ir.Model, node: ir.Node, opset: int) -> bool:
+        for rule in self.rules:
+            if node.op_type not in rule.roots or self.budget[0] <= 0:
+                continue
+            proposal = rule.propose(node)
+            if isinstance(proposal, Rewrite):
+                refusal = _refused(proposal, opset) or (
+                    self.check(proposal, opset) if self.check else None
+                )
+                if refusal is None:
+                    self.budget[0] -= 1
+                    apply(model, proposal, opset)
+                    return True
+                proposal = Miss(proposal.nodes, refusal)
+            if proposal is not None:
+                _remember(proposal, rule.op)
+        return False
+
+
+def _refused(rewrite: Rewrite, opset: int) -> Refusal | None:
+    spec = rewrite.spec
+    name = node_name(rewrite.root)
+    if opset < spec.MIN_OPSET:
+        return Refusal("opset", name, f"opset {opset} is older than {spec.MIN_OPSET}")
+    if spec.parse(spec.op_type) != spec:
+        return Refusal("types", name, f"no fused op is declared for {spec.op_type}")
+    return None
+
+
+def _remember(miss: Miss, op: str) -> None:
+    """Keep the nearest miss on every node it went through, for the report."""
+    if miss.refusal is None:
+        return
+    for node in miss.nodes:
+        known = node.meta.get(MISS_KEY)
+        if known is None or len(known[1].nodes) < len(miss.nodes):
+            node.meta[MISS_KEY] = (op, miss)
+
+
+def apply(model: ir.Model, rewrite: Rewrite, opset: int) -> ir.Node:
+    """Put the fused node in the place of the nodes it stands for.
+
+    Source nodes stay as long as something else uses their results.
+    """
+    root, spec = rewrite.root, rewrite.spec
+    graph = root.graph
+    assert graph is not None
+    outputs = []
+    for slot, old in zip(spec.outputs, rewrite.outputs, strict=True):
+        value = ir.val(None if old is None else old.name)
+        if old is None:
+            value.name = f"{rewrite.outputs[0].name}_{slot.name}"  # type: ignore[union-attr]
+            facts.copy_facts(rewrite.outputs[0], value)  # type: ignore[arg-type]
+        else:
+            facts.copy_facts(old, value)
+        outputs.append(value)
+    fused = ir.node(
+        spec.op_type,
+        rewrite.inputs,
+        attributes={name: float(rewrite.attributes[name]) for name in spec.attributes},
+        domain=DOMAIN,
+        outputs=outputs,
+        name=f"{node_name(root)}_{spec.op_type}",
+        metadata_props={
+            RULE_KEY: rewrite.rule,
+            SOURCE_KEY: "\n".join(dict.fromkeys(_source_names(rewrite.nodes))),
+        },
+    )
+    for value in rewrite.inputs:
+        if value.const_value is not None and value.graph is None and value.producer() is None:
+            graph.register_initializer(value)
+    graph.insert_before(root, fused)
+    for old, new in zip(rewrite.outputs, outputs, strict=True):
+        if old is not None:
+            name = old.name
+            old.replace_all_uses_with(new, replace_graph_outputs=True)
+            old.name = f"{name}_before_{spec.op_type}"
+            new.name = name
+    _remove_dead(rewrite.nodes)
+    _declare(model, spec, opset)
+    return fused
+
+
+def _source_names(nodes: tuple[ir.Node, ...]) -> list[str]:
+    names: list[str] = []
+    for node in nodes:
+        names += node.metadata_props.get(SOURCE_KEY, node_name(node)).split("\n")
+    return names
+
+
+def _remove_dead(nodes: tuple[ir.Node, ...]) -> None:
+    """Remove those of `nodes` nothing reads any more."""
+    pending = list(nodes)
+    while pending:
+        dead = [
+            node
+            for node in pending
+            if not any(out.uses() or out.is_graph_output() for out in node.outputs)
+        ]
+        if not dead:
+            return
+        for node in dead:
+            assert node.graph is not None
+            node.graph.remove(node, safe=True)
+        pending = [node for node in pending if node not in dead]
+
+
+def _declare(model: ir.Model, spec: OpSpec, opset: int) -> None:
+    """Add the op's function body to the model, once."""
+    identifier = (DOMAIN, spec.op_type, "")
+    if identifier not in model.functions:
+        if model.ir_version is not None and model.ir_version < MIN_IR_VERSION:
+            model.ir_version = MIN_IR_VERSION
+        function = ir.serde.deserialize_function(spec.function(opset))
+        model.functions[identifier] = function
+    version = model.opset_imports.setdefault(DOMAIN, 1)
+    if version != 1:
+        raise BadInput(f"domain {DOMAIN} is imported at version {version}, expected 1")

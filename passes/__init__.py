@@ -4,3 +4,34 @@ from __future__ import annotations
 
 if __name__ != "fusenorm.passes":
     raise ImportError(f"import fusenorm.passes, not {__name__}")
+
+from fusenorm.passes.canonicalize import Canonicalize, Cleanup
+from fusenorm.passes.fuse_activation import FuseActivation, FuseGelu, FuseGeluTanh, FuseSwish
+from fusenorm.passes.fuse_glu import FuseGatedUnit, FuseGLU
+from fusenorm.passes.fuse_norm import FuseLayerNorm, FuseNorm, FuseRMSNorm
+from fusenorm.passes.fuse_residual import FuseResidual, FuseResidualNorm
+from fusenorm.passes.rewrite import RewritePass, Rule
+from fusenorm.passes.validate import Validator
+
+RULES: tuple[Rule, ...] = (
+    FuseLayerNorm(),
+    FuseRMSNorm(),
+    FuseResidual(),
+    FuseGelu(),
+    FuseGeluTanh(),
+    FuseSwish(),
+    FuseGLU(),
+)
+
+__all__ = [
+    "RULES",
+    "Canonicalize",
+    "Cleanup",
+    "FuseActivation",
+    "FuseGatedUnit",
+    "FuseNorm",
+    "FuseResidualNorm",
+    "RewritePass",
+    "Rule",
+    "Validator",
+]

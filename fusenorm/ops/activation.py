@@ -47,7 +47,11 @@ def _sigmoid(x: np.ndarray) -> np.ndarray:
 
 
 def _write_gelu(body: Body, x: str, dtype: DType) -> str:
-    body.let("act_scaled", f"Mul ({x}, {body.constant('act_root', math.sqrt(0.5), dtype)})")
+    if dtype in ("f16", "bf16"):
+        # Where every node rounds, the exporters' division and a product differ.
+        body.let("act_scaled", f"Div ({x}, {body.constant('act_root', math.sqrt(2), dtype)})")
+    else:
+        body.let("act_scaled", f"Mul ({x}, {body.constant('act_root', math.sqrt(0.5), dtype)})")
     body.let("act_erf", "Erf (act_scaled)")
     body.let("act_sum", f"Add (act_erf, {body.constant('act_one', 1.0, dtype)})")
     body.let("act_half", f"Mul ({x}, {body.constant('act_point5', 0.5, dtype)})")

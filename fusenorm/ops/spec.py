@@ -10,8 +10,8 @@ from typing import ClassVar, Literal, Self
 import ml_dtypes
 import numpy as np
 import onnx
-import onnx_ir as ir
 import onnx.parser
+import onnx_ir as ir
 
 DOMAIN = "fusenorm"
 

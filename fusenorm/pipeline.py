@@ -1,0 +1,238 @@
+"""The pipeline: one list of passes, read top to bottom, and the functions around it."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import onnx
+import onnx_ir as ir
+
+from fusenorm.errors import BadInput
+from fusenorm.model_io import check_operators, check_versions, load_model, save_model, sort_graphs
+from fusenorm.ops import DOMAIN, OpSpec, parse
+from fusenorm.passes.canonicalize import Canonicalize, Cleanup
+from fusenorm.passes.fuse_activation import FuseActivation
+from fusenorm.passes.fuse_glu import FuseGatedUnit
+from fusenorm.passes.fuse_norm import FuseNorm
+from fusenorm.passes.fuse_residual import FuseResidualNorm
+from fusenorm.passes.rewrite import Check
+from fusenorm.passes.validate import Validator
+from fusenorm.passes.verify_graph import verify_graph
+from fusenorm.report import PassRecord, Report, collect_sites
+
+if TYPE_CHECKING:
+    from fusenorm.artifact import Artifact
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What optimize may do.
+
+    Attributes:
+        validate: check every rewrite numerically when it is made.
+        limit: stop after this many rewrites (bisecting a difference), None for all.
+    """
+
+    validate: bool = True
+    limit: int | None = None
+
+
+DEFAULTS = Options()
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """An optimised model and what was done to it.
+
+    Attributes:
+        model: the model; fused ops are nodes with function bodies, so any runtime runs it.
+        report: every site, pass and check.
+        source: the file it was read from, None for a model given in memory.
+    """
+
+    model: ir.Model
+    report: Report
+    source: Path | None
+
+    def save(self, path: str | os.PathLike[str]) -> list[Path]:
+        """Write the portable .onnx, whole or not at all; returns the files written."""
+        return save_model(self.model, path)
+
+
+def passes(options: Options) -> list[ir.passes.PassBase]:
+    """THE list of passes, in order."""
+    check: Check | None = Validator() if options.validate else None
+    budget = [2**31 if options.limit is None else options.limit]
+    return [
+        Canonicalize(),
+        FuseNorm(check, budget),
+        FuseResidualNorm(check, budget),
+        FuseActivation(check, budget),
+        FuseGatedUnit(check, budget),
+        Cleanup(),
+    ]
+
+
+def optimize(
+    model: str | os.PathLike[str] | onnx.ModelProto | ir.Model | Any,
+    *,
+    args: tuple[Any, ...] | None = None,
+    dynamic_shapes: Any = None,
+    options: Options = DEFAULTS,
+    progress: Progress | None = None,
+) -> Result:
+    """Fuse what can be fused, proving each rewrite, and report every site.
+
+    Args:
+        model: a path, an onnx ModelProto, an onnx_ir Model (left untouched: a copy is made), or
+            a torch.nn.Module, which is exported first.
+        args: example inputs, for a torch module only.
+        dynamic_shapes: which of their dimensions vary, as torch.export takes it.
+        options: see Options.
+        progress: called with (pass name, passes done, passes in all).
+
+    Raises:
+        BadInput: the model cannot be read, or holds an operator ONNX does not have.
+    """
+    work, source = _read(model, args, dynamic_shapes)
+    file = source or work.graph.name
+    check_operators(work, file)
+    before = {
+        "file": source.name if source else None,
+        "opset": work.opset_imports.get("", 0),
+        "ir_version": work.ir_version,
+        "nodes": work.graph.num_nodes(),
+        "sha256": _sha256(source) if source else None,
+    }
+    records = []
+    steps = passes(options)
+    for index, step in enumerate(steps):
+        name = str(getattr(step, "name", type(step).__name__))
+        if progress:
+            progress(name, index, len(steps))
+        start = time.perf_counter()
+        changed = step(work).modified
+        verify_graph(work, name)
+        seconds = time.perf_counter() - start
+        records.append(PassRecord(name, changed, round(seconds, 4), work.graph.num_nodes()))
+    if progress:
+        progress("done", len(steps), len(steps))
+    sites = collect_sites(work)
+    failed = [site.output for site in sites if site.reason == "check_failed"]
+    checks = {
+        "graph": "verified after every pass",
+        "rewrites_validated": sum(s.status == "fused" for s in sites) if options.validate else 0,
+        "rolled_back": failed,
+    }
+    after = {"ir_version_after": work.ir_version, "nodes_after": work.graph.num_nodes()}
+    return Result(work, Report({**before, **after}, sites, records, checks), source)
+
+
+def explain(
+    model: str | os.PathLike[str] | onnx.ModelProto | ir.Model,
+    *,
+    options: Options = DEFAULTS,
+    progress: Progress | None = None,
+) -> Report:
+    """Every candidate site of a model, fused or refused, without writing anything."""
+    return optimize(model, options=options, progress=progress).report
+
+
+def _read(
+    model: Any, args: tuple[Any, ...] | None, dynamic_shapes: Any
+) -> tuple[ir.Model, Path | None]:
+    """A model of our own to work on, and the file it came from."""
+    if isinstance(model, str | os.PathLike):
+        return load_model(model), Path(model)
+    if isinstance(model, ir.Model):
+        work = model.clone()
+        sort_graphs(work)
+        return work, None
+    if isinstance(model, onnx.ModelProto):
+        check_versions(model)
+        work = ir.serde.deserialize_model(model)
+        sort_graphs(work)
+        return work, None
+    if hasattr(model, "forward"):
+        if args is None:
+            raise BadInput("optimizing a torch module needs example inputs: args=(...)")
+        from fusenorm.export import export_module
+
+        return export_module(model, args, dynamic_shapes), None
+    raise BadInput(f"cannot optimize a {type(model).__name__}: give a path, a model or a module")
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def fused_specs(model: ir.Model) -> list[OpSpec]:
+    """The distinct fused ops of a model, in order of first use."""
+    found: dict[str, OpSpec] = {}
+    for graph in model.graphs():
+        for node in graph:
+            if node.domain == DOMAIN and node.op_type not in found:
+                spec = parse(node.op_type)
+                if spec is None:
+                    raise BadInput(f"unknown fused op {node.op_type}", node=node.name)
+                found[node.op_type] = spec
+    return list(found.values())
+
+
+def compile(
+    model: Result | str | os.PathLike[str] | onnx.ModelProto | ir.Model,
+    target: str = "cpu",
+    *,
+    progress: Progress | None = None,
+) -> Artifact:
+    """Lower the fused ops of a model to one kernel library and pack both.
+
+    Args:
+        model: what optimize returned, or anything it takes (which is optimised first).
+        target: `cpu` for this machine's level, or a level such as `x86-64-v3`.
+        progress: called with (step, steps done, steps in all).
+
+    Returns:
+        The artifact; `.save(folder)` writes it.
+
+    Raises:
+        BadInput: the target is unknown, no C compiler is to be had, or the model cannot run.
+    """
+    result = model if isinstance(model, Result) else optimize(model, progress=progress)
+    from fusenorm.artifact import Artifact, Library, Source
+    from fusenorm.compare import golden
+    from fusenorm.kernels import supports
+    from fusenorm.lower import Target, build_library
+
+    machine = Target.parse(target)
+    specs = [spec for spec in fused_specs(result.model) if supports(spec) is None]
+    with tempfile.TemporaryDirectory() as scratch:
+        libraries = []
+        if specs:
+            path = Path(scratch, "fusenorm_ops.so")
+            libraries.append(Library.of(build_library(specs, machine, path)))
+        if progress:
+            progress("record a golden run", len(specs), len(specs))
+        portable = Path(scratch, "model.onnx")
+        result.save(portable)
+        recorded = golden(portable)
+    summary = result.report.model
+    return Artifact(
+        name=result.source.stem if result.source else str(result.model.graph.name or "model"),
+        model=result.model,
+        report=result.report.as_dict(),
+        libraries=libraries,
+        target=target,
+        source=Source(summary["sha256"], summary["opset"], summary["ir_version"]),
+        golden=recorded,
+    )

@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from fusenorm.ops import Gated, Norm, parse
 from fusenorm.ops.spec import DOMAIN
-from fusenorm.passes.pattern import Miss, node_name
+from fusenorm.passes.pattern import node_name
 from fusenorm.passes.rewrite import MISS_KEY, RULE_KEY, SOURCE_KEY
 
 Status = Literal["fused", "native", "refused"]
@@ -116,13 +116,19 @@ def collect_sites(model: ir.Model) -> list[Site]:
             sites.append(_fused(node))
         elif node.domain == "" and node.op_type in NATIVE:
             sites.append(_left(node, NATIVE[node.op_type], "native"))
-        elif node.domain == "" and node.op_type in ANCHORS and node not in covered:
-            if node_name(node) in fused_sources:
-                continue
+        elif _is_candidate(node) and node not in covered and node_name(node) not in fused_sources:
             known = node.meta.get(MISS_KEY)
             covered.update(known[1].nodes if known else ())
             sites.append(_left(node, known[0] if known else ANCHORS[node.op_type], "refused"))
     return sites
+
+
+def _is_candidate(node: ir.Node) -> bool:
+    """The heart of a pattern, or part of a rewrite that was rolled back."""
+    if node.domain == "" and node.op_type in ANCHORS:
+        return True
+    known = node.meta.get(MISS_KEY)
+    return known is not None and known[1].refusal.code == "check_failed"
 
 
 def _fused(node: ir.Node) -> Site:
@@ -152,6 +158,3 @@ def _left(node: ir.Node, op: str, status: Status) -> Site:
     names = tuple(node_name(part) for part in known[1].nodes) if known else (node_name(node),)
     output = node.outputs[0].name or ""
     return Site(op, status, reason, detail, names, output, {"kind": node.op_type})
-
-
-__all__ = ["ANCHORS", "Miss", "PassRecord", "Report", "Site", "collect_sites"]

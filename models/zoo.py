@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ DYNAMIC_AXES = {0: "batch", 1: "sequence"}
 """The dynamic axes of every input and output in the zoo."""
 
 InputKind = Literal["states", "tokens", "mask"]
+M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def _input(
             return (torch.arange(seq) < lengths[:, None]).to(torch.int64)
 
 
-def randomise(module: nn.Module, seed: int) -> nn.Module:
+def randomise(module: M, seed: int) -> M:
     """Draw every weight anew, so that no gamma is 1, no beta 0, and activations stay O(1).
 
     Matrices are normal with std 1/sqrt(fan in), embeddings with std 1; weights of a norm are in
@@ -147,15 +148,17 @@ _FFNS = {
     for suffix, word, bias in (("", "with", True), ("_no_bias", "without", False))
 }
 
+_GLU_LAYOUTS: dict[str, tuple[str, bool, Layout]] = {
+    "": ("two matrices", False, "unpacked"),
+    "_bias": ("two matrices and biases", True, "unpacked"),
+    "_packed": ("packed [gate | up]", False, "gate_up"),
+    "_packed_up_first": ("packed [up | gate]", False, "up_gate"),
+}
+
 _GLUS = {
     f"{kind}{suffix}": _states(f"{kind} FFN, {words}", partial(_ffn, kind, bias, layout))
     for kind in GLU_ACTIVATIONS
-    for suffix, words, bias, layout in (
-        ("", "two matrices", False, "unpacked"),
-        ("_bias", "two matrices and biases", True, "unpacked"),
-        ("_packed", "packed [gate | up]", False, "gate_up"),
-        ("_packed_up_first", "packed [up | gate]", False, "up_gate"),
-    )
+    for suffix, (words, bias, layout) in _GLU_LAYOUTS.items()
 }
 
 _TRANSFORMERS = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import ClassVar
 
@@ -17,6 +18,7 @@ from fusenorm.passes.pattern import (
     Pattern,
     Refusal,
     Scalar,
+    Speller,
     State,
     Var,
     node_name,
@@ -67,13 +69,18 @@ class _FuseActivation(Rule):
     """What the activation rules share: one pattern over one variable x."""
 
     activation: ClassVar[str]
-    pattern: ClassVar[Callable[[], Pattern]]
+    algebra: ClassVar[Callable[[], Pattern]]
 
-    def __init__(self) -> None:
-        self._pattern = type(self).pattern()
+    @functools.cached_property
+    def pattern(self) -> Pattern:
+        return type(self).algebra()
+
+    def example(self, speller: Speller) -> None:
+        speller.row("x")
+        speller.scalar("beta", 1.5)
 
     def propose(self, root: ir.Node) -> Rewrite | Miss | None:
-        return first_accepted(self._pattern, root.outputs[0], lambda m: self._accept(root, m))
+        return first_accepted(self.pattern, root.outputs[0], lambda m: self._accept(root, m))
 
     def _accept(self, root: ir.Node, match: State) -> Rewrite | Refusal:
         x, y = match.bindings["x"], root.outputs[0]
@@ -120,7 +127,7 @@ class FuseGelu(_FuseActivation):
     op = "Gelu"
     roots = frozenset({"Mul", "Div", "Cast"})
     activation = "gelu"
-    pattern = staticmethod(gelu_pattern)
+    algebra = staticmethod(gelu_pattern)
 
 
 class FuseGeluTanh(_FuseActivation):
@@ -147,7 +154,7 @@ class FuseGeluTanh(_FuseActivation):
     op = "Gelu"
     roots = frozenset({"Mul", "Div", "Cast"})
     activation = "gelu_tanh"
-    pattern = staticmethod(gelu_tanh_pattern)
+    algebra = staticmethod(gelu_tanh_pattern)
 
 
 class FuseSwish(_FuseActivation):
@@ -174,7 +181,7 @@ class FuseSwish(_FuseActivation):
     op = "Swish"
     roots = frozenset({"Mul", "Div", "Cast"})
     activation = "swish"
-    pattern = staticmethod(swish_pattern)
+    algebra = staticmethod(swish_pattern)
 
 
 class FuseActivation(RewritePass):

@@ -3,14 +3,35 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import onnx_ir as ir
 
 from fusenorm.ops.activation import Gated, GateLayout
 from fusenorm.ops.spec import DOMAIN
 from fusenorm.passes import facts
-from fusenorm.passes.pattern import Miss, Refusal, node_name
+from fusenorm.passes.pattern import (
+    Const,
+    Miss,
+    Op,
+    Pattern,
+    Refusal,
+    Scalar,
+    Speller,
+    Var,
+    matches,
+    node_name,
+)
 from fusenorm.passes.rewrite import Check, Rewrite, RewritePass, Rule
+from fusenorm.passes.spelling import (
+    add,
+    erf_argument,
+    half_of_product,
+    mul,
+    one_of,
+    sigmoid,
+    tanh_argument,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,11 +41,14 @@ class _Act:
     spec: Gated
     gate: ir.Value
     attributes: dict[str, float]
-    node: ir.Node
+    nodes: tuple[ir.Node, ...]
+
+
+_SIGMOID = sigmoid(Var("gate"))
 
 
 def read_activation(value: ir.Value) -> _Act | None:
-    """The activation whose result `value` is, ours or the standard's."""
+    """The activation whose result `value` is: ours, the standard's, or a sigmoid written out."""
     node, dtype = value.producer(), facts.dtype_of(value)
     if node is None or dtype is None or not node.inputs or node.inputs[0] is None:
         return None
@@ -33,7 +57,7 @@ def read_activation(value: ir.Value) -> _Act | None:
         if spec is None or spec.layout != "none":
             return None
         attributes = {name: node.attributes[name].as_float() for name in spec.attributes}
-        return _Act(spec, node.inputs[0], attributes, node)
+        return _Act(spec, node.inputs[0], attributes, (node,))
     if node.domain != "":
         return None
     attributes = {}
@@ -47,8 +71,11 @@ def read_activation(value: ir.Value) -> _Act | None:
     elif node.op_type in ("Sigmoid", "Relu"):
         activation = node.op_type.lower()
     else:
-        return None
-    return _Act(Gated(activation, "none", dtype), node.inputs[0], attributes, node)
+        found = next(iter(matches(_SIGMOID, value)))
+        if isinstance(found, Miss):
+            return None
+        return _Act(Gated("sigmoid", "none", dtype), found.bindings["gate"], {}, found.nodes)
+    return _Act(Gated(activation, "none", dtype), node.inputs[0], attributes, (node,))
 
 
 class FuseGLU(Rule):
@@ -78,6 +105,35 @@ class FuseGLU(Rule):
     op = "GLU"
     roots = frozenset({"Mul"})
 
+    @functools.cached_property
+    def pattern(self) -> Pattern:
+        gate, up = Var("gate"), Var("up")
+        activated = one_of(
+            sigmoid(gate),
+            Op("Relu", (gate,)),
+            mul(gate, sigmoid(one_of(gate, mul(gate, Scalar("beta"))))),
+            half_of_product(gate, add(Op("Erf", (erf_argument(gate),)), Const(1))),
+            half_of_product(gate, add(Op("Tanh", (tanh_argument(gate),)), Const(1))),
+        )
+        return mul(activated, up)
+
+    def example(self, speller: Speller) -> None:
+        """Two tensors, or the halves of one by Split or Slice, or interleaved columns."""
+        layout = speller.pick(4)
+        names = ("gate", "up") if layout == 0 or not speller.pick(2) else ("up", "gate")
+        speller.scalar("beta", 1.5)
+        if layout == 0:
+            for name in names:
+                speller.row(name)
+            return
+        packed = speller.row("x", factor=2)
+        for part, name in enumerate(names):
+            speller.values[name] = (
+                speller.split(packed, part)
+                if layout == 1
+                else speller.columns(packed, part, interleaved=layout == 3)
+            )
+
     def propose(self, root: ir.Node) -> Rewrite | Miss | None:
         a, b = root.inputs
         if a is None or b is None:
@@ -94,7 +150,7 @@ class FuseGLU(Rule):
         return nearest or self._bilinear(root, a, b)
 
     def _gate(self, root: ir.Node, act: _Act, activated: ir.Value, up: ir.Value) -> Rewrite | Miss:
-        nodes = (act.node, root)
+        nodes = (*act.nodes, root)
         if len(activated.uses()) > 1 or activated.is_graph_output():
             detail = f"{activated.name} has other readers"
             return Miss(nodes, Refusal("activation_shared", node_name(root), detail))

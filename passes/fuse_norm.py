@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import onnx_ir as ir
 
@@ -14,6 +16,7 @@ from fusenorm.passes.pattern import (
     Pattern,
     Refusal,
     Scalar,
+    Speller,
     State,
     Var,
     node_name,
@@ -53,8 +56,15 @@ class _FuseNorm(Rule):
     roots = frozenset({"Add", "Mul", "Div", "Cast"})
     subtract_mean: bool
 
-    def __init__(self) -> None:
-        self.pattern = norm_pattern(self.subtract_mean)
+    @functools.cached_property
+    def pattern(self) -> Pattern:
+        return norm_pattern(self.subtract_mean)
+
+    def example(self, speller: Speller) -> None:
+        speller.row("x")
+        speller.vector("scale")
+        speller.vector("bias")
+        speller.scalar("epsilon", 1e-5)
 
     def propose(self, root: ir.Node) -> Rewrite | Miss | None:
         return first_accepted(self.pattern, root.outputs[0], lambda m: self._accept(root, m))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import onnx_ir as ir
 
@@ -10,8 +11,18 @@ from fusenorm.ops.norm import Norm
 from fusenorm.ops.spec import DOMAIN
 from fusenorm.passes import facts
 from fusenorm.passes.fuse_norm import as_vector
-from fusenorm.passes.pattern import Miss, Refusal, node_name
+from fusenorm.passes.pattern import (
+    Miss,
+    Op,
+    Pattern,
+    Refusal,
+    Scalar,
+    Speller,
+    Var,
+    node_name,
+)
 from fusenorm.passes.rewrite import Check, Rewrite, RewritePass, Rule
+from fusenorm.passes.spelling import add, mul, one_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,6 +133,23 @@ class FuseResidual(Rule):
         {"LayerNormalization", "RMSNormalization"}
         | {spec.op_type for spec in Norm.variants() if not spec.skip}
     )
+
+    @functools.cached_property
+    def pattern(self) -> Pattern:
+        x, skip = Var("x"), Var("skip")
+        total = add(
+            one_of(x, mul(x, Scalar("alpha"))),
+            one_of(skip, mul(skip, Scalar("beta")), mul(skip, Var("layer_scale"))),
+        )
+        return Op("LayerNormalization", (total, Var("scale"), Var("bias")))
+
+    def example(self, speller: Speller) -> None:
+        for name in ("x", "skip"):
+            speller.row(name)
+        for name in ("layer_scale", "scale", "bias"):
+            speller.vector(name)
+        speller.scalar("alpha", 1.75)
+        speller.scalar("beta", 0.25)
 
     def propose(self, root: ir.Node) -> Rewrite | Miss | None:
         s = root.inputs[0]

@@ -16,6 +16,26 @@ import onnx_ir as ir
 
 from fusenorm.ops.spec import DTYPES, DType
 from fusenorm.passes import facts
+from fusenorm.passes.speller import Speller
+
+__all__ = [
+    "Casted",
+    "Const",
+    "Miss",
+    "Named",
+    "OneOf",
+    "Op",
+    "Pattern",
+    "Reduce",
+    "Refusal",
+    "Scalar",
+    "Speller",
+    "State",
+    "Var",
+    "Width",
+    "matches",
+    "node_name",
+]
 
 COMMUTATIVE = frozenset({"Add", "Mul"})
 
@@ -66,43 +86,6 @@ def node_name(node: ir.Node | None) -> str:
     if node is None:
         return "(graph input)"
     return node.name or node.outputs[0].name or node.op_type
-
-
-class Speller:
-    """Builds one spelling of a pattern; every free choice is asked of `pick`."""
-
-    def __init__(self, choices: Sequence[int], opset: int, dtype: DType, rank: int) -> None:
-        self.choices = list(choices)
-        self.sizes: list[int] = []
-        self.opset = opset
-        self.dtype = dtype
-        self.rank = rank
-        self.nodes: list[ir.Node] = []
-        self.initializers: list[ir.Value] = []
-        self.values: dict[str, ir.Value] = {}
-
-    def pick(self, count: int) -> int:
-        position = len(self.sizes)
-        self.sizes.append(count)
-        return self.choices[position] if position < len(self.choices) else 0
-
-    def constant(self, array: np.ndarray) -> ir.Value:
-        name = f"const_{len(self.initializers)}"
-        value = ir.val(name, const_value=ir.tensor(array, name=name))
-        self.initializers.append(value)
-        return value
-
-    def number(self, value: float, dtype: DType) -> ir.Value:
-        return self.constant(np.array(value, DTYPES[dtype].numpy))
-
-    def node(
-        self, op_type: str, inputs: Sequence[ir.Value], dtype: DType | None = None, **attributes: object
-    ) -> ir.Value:
-        out = ir.val(f"v{len(self.nodes)}")
-        out.dtype = DTYPES[dtype].onnx if dtype else inputs[0].dtype
-        node = ir.node(op_type, inputs, attributes=attributes, outputs=[out])  # type: ignore[arg-type]
-        self.nodes.append(node)
-        return out
 
 
 class Pattern(abc.ABC):
@@ -172,7 +155,7 @@ class Const(Pattern):
             miss.record(state, "constant", value.producer(), detail)
 
     def spell(self, speller: Speller) -> ir.Value:
-        return speller.number(self.number, speller.dtype)
+        return speller.number(self.number, "f64")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,10 +178,10 @@ class Op(Pattern):
 
     def spell(self, speller: Speller) -> ir.Value:
         values = [operand.spell(speller) for operand in self.operands]
+        typed = next((value for value in values if facts.scalar(value) is None), values[0])
+        values = [speller.typed(value, typed) for value in values]
         if self.op_type in COMMUTATIVE and speller.pick(2):
             values.reverse()
-        # A scalar constant carries no rank, so the other operand decides the type.
-        typed = next((v for v in values if v.const_value is None), values[0])
         return speller.node(self.op_type, values, facts.dtype_of(typed))
 
 
@@ -230,8 +213,10 @@ class Reduce(Pattern):
         as_input = 13 if self.op_type == "ReduceSum" else 18
         if speller.opset >= as_input:
             inputs = [value, speller.constant(np.array([axis], np.int64))]
-            return speller.node(self.op_type, inputs, keepdims=1)
-        return speller.node(self.op_type, [value], axes=[axis], keepdims=1)
+            return speller.node(self.op_type, inputs, facts.dtype_of(value), keepdims=1)
+        return speller.node(
+            self.op_type, [value], facts.dtype_of(value), axes=[axis], keepdims=1
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -256,7 +241,7 @@ class Width(Pattern):
         shape = speller.values[self.of].shape
         assert shape is not None
         size = float(shape[-1])  # type: ignore[arg-type]
-        return speller.number(1 / size if self.reciprocal else size, "f32")
+        return speller.number(1 / size if self.reciprocal else size, "f64")
 
 
 @dataclasses.dataclass(frozen=True)

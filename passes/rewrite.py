@@ -12,7 +12,15 @@ import onnx_ir as ir
 from fusenorm.errors import BadInput
 from fusenorm.ops.spec import DOMAIN, OpSpec
 from fusenorm.passes import facts
-from fusenorm.passes.pattern import Miss, Pattern, Refusal, State, matches, node_name
+from fusenorm.passes.pattern import (
+    Miss,
+    Pattern,
+    Refusal,
+    Speller,
+    State,
+    matches,
+    node_name,
+)
 
 RULE_KEY = "fusenorm.rule"
 SOURCE_KEY = "fusenorm.source"
@@ -71,6 +79,15 @@ class Rule(abc.ABC):
         import inspect
 
         return inspect.cleandoc(type(self).__doc__ or "")
+
+    @property
+    @abc.abstractmethod
+    def pattern(self) -> Pattern:
+        """The algebra the rule stands for: its tests are the spellings of this."""
+
+    @abc.abstractmethod
+    def example(self, speller: Speller) -> None:
+        """Give every variable of the pattern a value to spell it with."""
 
     @abc.abstractmethod
     def propose(self, root: ir.Node) -> Rewrite | Miss | None:

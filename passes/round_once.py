@@ -1,0 +1,69 @@
+"""Standard ops as runtimes compute them in 16 bits: inside in f32 or better, rounded once.
+
+The reference evaluator rounds every step inside these ops to the storage type, so its answer
+would be further from the op's definition than any runtime's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from onnx.reference.op_run import OpRun
+
+from fusenorm.ops.activation import ACTIVATIONS
+
+
+def _normalise(
+    x: np.ndarray,
+    scale: np.ndarray,
+    bias: np.ndarray | None,
+    axis: int,
+    epsilon: float,
+    *,
+    subtract_mean: bool,
+) -> np.ndarray:
+    axes = tuple(range(axis % x.ndim, x.ndim))
+    wide = x.astype(np.float32)
+    if subtract_mean:
+        wide = wide - wide.mean(axes, keepdims=True)
+    wide = wide / np.sqrt(np.square(wide).mean(axes, keepdims=True) + np.float32(epsilon))
+    wide = wide * scale.astype(np.float32)
+    if bias is not None:
+        wide = wide + bias.astype(np.float32)
+    return wide.astype(x.dtype)
+
+
+class LayerNormalization(OpRun):
+    op_domain = ""
+
+    def _run(self, x, scale, bias=None, axis=-1, epsilon=1e-5, stash_type=1):  # type: ignore[no-untyped-def]
+        del stash_type
+        return (_normalise(x, scale, bias, axis, epsilon, subtract_mean=True),)
+
+
+class RMSNormalization(OpRun):
+    op_domain = ""
+
+    def _run(self, x, scale, axis=-1, epsilon=1e-5, stash_type=1):  # type: ignore[no-untyped-def]
+        del stash_type
+        return (_normalise(x, scale, None, axis, epsilon, subtract_mean=False),)
+
+
+class Gelu(OpRun):
+    op_domain = ""
+
+    def _run(self, x, approximate="none"):  # type: ignore[no-untyped-def]
+        row = ACTIVATIONS["gelu_tanh" if approximate == "tanh" else "gelu"]
+        return (row.numpy(x.astype(np.float64)).astype(x.dtype),)
+
+
+class Sigmoid(OpRun):
+    op_domain = ""
+
+    def _run(self, x):  # type: ignore[no-untyped-def]
+        sigmoid: Callable[[np.ndarray], np.ndarray] = ACTIVATIONS["sigmoid"].numpy
+        return (sigmoid(x.astype(np.float64)).astype(x.dtype),)
+
+
+ROUND_ONCE: list[type[OpRun]] = [LayerNormalization, RMSNormalization, Gelu, Sigmoid]

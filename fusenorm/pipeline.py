@@ -24,7 +24,7 @@ from fusenorm.passes.fuse_norm import FuseNorm
 from fusenorm.passes.fuse_residual import FuseResidualNorm
 from fusenorm.passes.rewrite import Check
 from fusenorm.passes.validate import Validator
-from fusenorm.passes.verify_graph import verify_graph
+from fusenorm.passes.verify_graph import find_problem, verify_graph
 from fusenorm.report import PassRecord, Report, collect_sites
 
 if TYPE_CHECKING:
@@ -105,6 +105,9 @@ def optimize(
     """
     work, source = _read(model, args, dynamic_shapes)
     file = source or work.graph.name
+    problem = find_problem(work)
+    if problem is not None:
+        raise BadInput(problem.detail, file=file, node=problem.node)
     check_operators(work, file)
     before = {
         "file": source.name if source else None,

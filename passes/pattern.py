@@ -179,10 +179,10 @@ class Op(Pattern):
     def spell(self, speller: Speller) -> ir.Value:
         values = [operand.spell(speller) for operand in self.operands]
         typed = next((value for value in values if facts.scalar(value) is None), values[0])
-        values = [speller.typed(value, typed) for value in values]
+        values = speller.narrowed([speller.typed(value, typed) for value in values])
         if self.op_type in COMMUTATIVE and speller.pick(2):
             values.reverse()
-        return speller.node(self.op_type, values, facts.dtype_of(typed))
+        return speller.node(self.op_type, values, facts.dtype_of(values[0]))
 
 
 @dataclasses.dataclass(frozen=True)

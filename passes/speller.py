@@ -51,6 +51,15 @@ class Speller:
             return value
         return self.number(number, dtype)
 
+    def narrowed(self, values: list[ir.Value]) -> list[ir.Value]:
+        """Operands of one type: where one is rounded already, the others skip their Cast up."""
+        types = {value.dtype for value in values}
+        narrow = DTYPES[self.dtype].onnx
+        if len(types) == 1 or narrow not in types:
+            return values
+        sources = [value if value.dtype == narrow else value.producer() for value in values]
+        return [s.inputs[0] if isinstance(s, ir.Node) else s for s in sources]  # type: ignore[misc]
+
     def node(
         self,
         op_type: str,
@@ -67,7 +76,7 @@ class Speller:
     def row(self, name: str, factor: int = 1) -> ir.Value:
         """A graph input [..., factor·WIDTH] of the storage type, bound to `name`."""
         shape = ir.Shape([*(2, 3, 2)[: self.rank - 1], factor * WIDTH])
-        value = ir.Input(name, shape=shape, type=ir.TensorType(DTYPES[self.dtype].onnx))
+        value = ir.val(name, dtype=DTYPES[self.dtype].onnx, shape=shape)
         self.inputs.append(value)
         self.values[name] = value
         return value

@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Iterator
+
 import onnx_ir as ir
 
 from fusenorm.errors import FusenormError
 from fusenorm.ops import parse
 from fusenorm.ops.spec import DOMAIN
+from fusenorm.passes.pattern import node_name
 
 
 class GraphInvalid(FusenormError):
     """A pass left the graph broken: a defect of ours, never of the input."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """What is wrong with a graph, and at which node (None: at its outputs or names)."""
+
+    detail: str
+    node: str | None = None
 
 
 def verify_graph(model: ir.Model, after: str) -> None:
@@ -23,49 +35,51 @@ def verify_graph(model: ir.Model, after: str) -> None:
     Raises:
         GraphInvalid: naming the pass and the node.
     """
-    _verify(model, model.graph, set(), after)
+    problem = find_problem(model)
+    if problem is not None:
+        raise GraphInvalid(f"after {after}: {problem.detail}", node=problem.node)
 
 
-def _verify(model: ir.Model, graph: ir.Graph, outer: set[ir.Value], after: str) -> None:
+def find_problem(model: ir.Model) -> Problem | None:
+    """The first thing wrong with the model's graphs, None if they are well-formed."""
+    return next(_problems(model, model.graph, set()), None)
+
+
+def _problems(model: ir.Model, graph: ir.Graph, outer: set[ir.Value]) -> Iterator[Problem]:
     defined = outer | set(graph.inputs) | set(graph.initializers.values())
-    names = [value.name for value in (*graph.inputs, *graph.initializers.values())]
+    names = {value.name for value in defined - outer}
     for node in graph:
+        name = node_name(node)
         for value in node.inputs:
             if value is not None and value not in defined:
-                _fail(after, node, f"reads {value.name} before it is defined")
+                yield Problem(f"reads {value.name} before it is defined", name)
         for attribute in node.attributes.values():
             if attribute.type == ir.AttributeType.GRAPH:
-                _verify(model, attribute.as_graph(), defined, after)
+                yield from _problems(model, attribute.as_graph(), defined)
             elif attribute.type == ir.AttributeType.GRAPHS:
                 for body in attribute.as_graphs():
-                    _verify(model, body, defined, after)
+                    yield from _problems(model, body, defined)
         if node.domain == DOMAIN:
-            _verify_fused(model, node, after)
+            yield from (Problem(detail, name) for detail in _misfits(model, node))
         defined.update(node.outputs)
-        names += [value.name for value in node.outputs if value.name]
-    missing = [value.name for value in graph.outputs if value not in defined]
-    if missing:
-        raise GraphInvalid(f"after {after}: graph output {missing[0]} is not produced")
-    duplicates = len(names) - len(set(names)) - (len(graph.inputs) - len(
-        set(graph.inputs) - set(graph.initializers.values())
-    ))
-    if duplicates:
-        twice = next(name for name in names if names.count(name) > 1)
-        raise GraphInvalid(f"after {after}: two values are named {twice}")
+        for value in node.outputs:
+            if value.name and value.name in names:
+                yield Problem(f"{value.name} is defined twice", name)
+            names.add(value.name)
+    for value in graph.outputs:
+        if value not in defined:
+            yield Problem(f"graph output {value.name} is not produced")
 
 
-def _verify_fused(model: ir.Model, node: ir.Node, after: str) -> None:
+def _misfits(model: ir.Model, node: ir.Node) -> Iterator[str]:
+    """Where a fused node departs from its declaration."""
     spec = parse(node.op_type)
     if spec is None or (DOMAIN, node.op_type, "") not in model.functions:
-        _fail(after, node, f"{node.op_type} has no declaration or no function body")
+        yield f"{node.op_type} has no declaration or no function body"
         return
     if len(node.inputs) != len(spec.inputs) or any(value is None for value in node.inputs):
-        _fail(after, node, f"{node.op_type} takes {len(spec.inputs)} inputs")
+        yield f"{node.op_type} takes {len(spec.inputs)} inputs"
     if len(node.outputs) != len(spec.outputs):
-        _fail(after, node, f"{node.op_type} lists {len(spec.outputs)} outputs")
+        yield f"{node.op_type} lists {len(spec.outputs)} outputs"
     if set(node.attributes) != set(spec.attributes):
-        _fail(after, node, f"{node.op_type} carries exactly {list(spec.attributes)}")
-
-
-def _fail(after: str, node: ir.Node, detail: str) -> None:
-    raise GraphInvalid(f"after {after}: {detail}", node=node.name or node.outputs[0].name)
+        yield f"{node.op_type} carries exactly {list(spec.attributes)}"

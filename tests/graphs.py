@@ -1,0 +1,82 @@
+"""Small graphs as ONNX text, and running them: the vocabulary of the pass tests."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import onnx
+import onnx.parser
+import onnxruntime as ort
+
+import fusenorm
+from fusenorm.report import Report
+
+WIDTH = 8
+
+
+def model(
+    body: str,
+    inputs: str = "float[b,s,8] x",
+    outputs: str = "float[b,s,8] y",
+    *,
+    opset: int = 18,
+    constants: Mapping[str, np.ndarray] | None = None,
+    ir_version: int = 8,
+) -> onnx.ModelProto:
+    """A checked model from the lines of its graph."""
+    text = (
+        f'<ir_version: {ir_version}, opset_import: ["" : {opset}]>\n'
+        f"graph ({inputs}) => ({outputs}) {{\n{body}\n}}"
+    )
+    proto = onnx.parser.parse_model(text)
+    for name, array in (constants or {}).items():
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(np.asarray(array), name))
+    onnx.checker.check_model(proto)
+    return proto
+
+
+def run(proto: onnx.ModelProto, feeds: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+    """Outputs under onnxruntime with every optimisation off."""
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.log_severity_level = 4
+    session = ort.InferenceSession(
+        proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    return session.run(None, dict(feeds))
+
+
+def fused(proto: onnx.ModelProto) -> tuple[onnx.ModelProto, Report]:
+    """The optimised model, checked by onnx's own checker, and the report."""
+    import onnx_ir as ir
+
+    result = fusenorm.optimize(proto)
+    after = ir.serde.serialize_model(result.model)
+    onnx.checker.check_model(after)
+    return after, result.report
+
+
+def same(
+    proto: onnx.ModelProto, feeds: Mapping[str, np.ndarray], *, bound: float = 4e-6
+) -> Report:
+    """Optimise, require outputs within `bound` of max|y| of the original's, return the report."""
+    after, report = fused(proto)
+    for a, b in zip(run(proto, feeds), run(after, feeds), strict=True):
+        assert a.shape == b.shape
+        assert a.dtype == b.dtype
+        scale = max(float(np.abs(a).max(initial=0)), 1e-3)
+        np.testing.assert_allclose(b.astype(np.float64), a.astype(np.float64), rtol=0, atol=bound * scale)
+    return report
+
+
+def fused_ops(report: Report) -> list[str]:
+    return sorted(site.op for site in report.sites if site.status == "fused")
+
+
+def reasons(report: Report) -> set[str | None]:
+    return {site.reason for site in report.sites if site.status != "fused"}
+
+
+def rows(*shape: int, seed: int = 0, dtype: type = np.float32) -> np.ndarray:
+    return (np.random.default_rng(seed).normal(size=shape) * 2 + 0.5).astype(dtype)

@@ -1,0 +1,39 @@
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from fusenorm.artifact import Source, sha256
+from fusenorm.bench import bench, measure
+from fusenorm.errors import BadInput
+
+
+def test_sides_take_turns() -> None:
+    calls: list[str] = []
+    seen: list[tuple[str, int, int]] = []
+    sides = {name: (lambda name=name: calls.append(name)) for name in "ab"}
+    times = measure(sides, 0.0, lambda *step: seen.append(step))
+    assert [len(taken) for taken in times.values()] == [5, 5]
+    assert calls[:6] == list("ababab")
+    assert calls[6:] == list("abbaabbaab")
+    assert seen[-1] == ("measure", 5, 5)
+
+
+def test_table(folder, fused) -> None:
+    latency = bench(folder, fused, seconds=0.0, threads=1, dims={"seq": 4})
+    assert [row.name for row in latency.rows] == ["fusenorm", "onnxruntime", "onnxruntime-noskip"]
+    assert latency.rows[0].slower == 1
+    assert all(0 < row.fastest <= row.median for row in latency.rows)
+    assert latency.shapes == {"ids": (2, 4), "offset": (2, 4, 8)}
+    assert latency.as_dict()["threads"] == 1
+
+
+def test_refuses_what_it_cannot_measure(artifact, folder, fused, llama, tmp_path) -> None:
+    with pytest.raises(BadInput, match="cannot measure against 'abacus': one of onnxruntime"):
+        bench(folder, against=["abacus"])
+    source = Source(sha256(fused), 18, 8)
+    other = dataclasses.replace(artifact, source=source).save(tmp_path / "other")
+    bench(other, fused, seconds=0.0)
+    with pytest.raises(BadInput, match="is not the model fused was made from"):
+        bench(other, llama)

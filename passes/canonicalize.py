@@ -15,8 +15,8 @@ from fusenorm.passes import facts
 FOLD_LIMIT = 1 << 16
 # Ops whose numpy result is the runtime's to the bit: integers, and IEEE-rounded arithmetic.
 FOLDABLE = frozenset(
-    "Add Sub Mul Div Neg Cast Concat Gather Slice Reshape Squeeze Unsqueeze Transpose "
-    "Identity Flatten Equal Where Range ConstantOfShape Shape".split()
+    "Add Sub Mul Div Neg Sqrt Cast Concat Gather Slice Reshape Squeeze Unsqueeze Transpose "
+    "Identity Flatten Equal Where Range".split()
 )
 
 
@@ -38,6 +38,30 @@ class RemoveNoOpCasts(ir.passes.InPlacePass):
                     out.replace_all_uses_with(source)
                     graph.remove(node, safe=True)
                     modified = True
+        return ir.passes.PassResult(model, modified)
+
+
+class PlainSpellings(ir.passes.InPlacePass):
+    """Sum of two is Add; CastLike to a known type is Cast."""
+
+    name = "plain_spellings"
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        modified = False
+        for graph in model.graphs():
+            for node in graph:
+                if node.domain != "":
+                    continue
+                if node.op_type == "Sum" and len(node.inputs) == 2:
+                    node.op_type = "Add"
+                    modified = True
+                elif node.op_type == "CastLike" and node.inputs[1] is not None:
+                    target = node.inputs[1].dtype
+                    if target is not None:
+                        node.op_type = "Cast"
+                        node.resize_inputs(1)
+                        node.attributes["to"] = ir.AttrInt64("to", int(target))
+                        modified = True
         return ir.passes.PassResult(model, modified)
 
 
@@ -73,7 +97,7 @@ class FoldConstants(ir.passes.InPlacePass):
             known = _gathered_dim(node)
             if known is not None:
                 return known
-        if node.op_type == "Shape":
+        if node.op_type in ("Shape", "Size"):
             return _static_shape(node)
         if node.op_type not in FOLDABLE or not node.inputs:
             return None
@@ -82,17 +106,27 @@ class FoldConstants(ir.passes.InPlacePass):
             return None
         if sum(array.size for array in arrays if array is not None) > self.limit:
             return None
-        if node.op_type in ("ConstantOfShape", "Range"):
-            return None
         result = _evaluate(node, arrays, opset)  # type: ignore[arg-type]
         return result if result.size <= self.limit else None
 
 
 def _static_shape(node: ir.Node) -> np.ndarray | None:
+    """What Shape or Size returns, where the dimensions it reads are known.
+
+    The size of a Shape's own result is the rank, known even if no dimension is.
+    """
     source = node.inputs[0]
-    if node.attributes or source is None or source.shape is None or source.shape.is_dynamic():
+    if source is None or source.shape is None:
         return None
-    return np.array(source.shape.numpy(), np.int64)
+    dims = list(source.shape)
+    if node.op_type == "Shape":
+        start = facts.attribute_int(node, "start", 0)
+        end = facts.attribute_int(node, "end", len(dims))
+        dims = dims[slice(start, end)]
+    if not all(isinstance(dim, int) for dim in dims):
+        return None
+    sizes = np.array(dims, np.int64)
+    return sizes if node.op_type == "Shape" else np.array(sizes.prod(), np.int64)
 
 
 def _gathered_dim(node: ir.Node) -> np.ndarray | None:
@@ -163,6 +197,7 @@ class Canonicalize(ir.passes.Sequential):
             common.IdentityEliminationPass(),
             common.RemoveUnusedNodesPass(),
             InferShapes(),
+            PlainSpellings(),
             RemoveNoOpCasts(),
             FoldConstants(),
             InferShapes(),

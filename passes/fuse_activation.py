@@ -161,7 +161,8 @@ class FuseSwish(_FuseActivation):
     """Swish, SiLU and QuickGELU become one op.
 
     ## What it matches
-    x·sigmoid(β·x) with β constant or absent; sigmoid as Sigmoid or 1/(1 + exp(-x)).
+    x·sigmoid(β·x) with β constant or absent; sigmoid as Sigmoid or 1/(1 + exp(-x)); the
+    standard Swish op.
 
     ## Formula
     y = x·sigmoid(beta·x); SiLU is beta = 1, QuickGELU beta = 1.702.
@@ -179,9 +180,26 @@ class FuseSwish(_FuseActivation):
 
     name = "swish"
     op = "Swish"
-    roots = frozenset({"Mul", "Div", "Cast"})
+    roots = frozenset({"Mul", "Div", "Cast", "Swish"})
     activation = "swish"
     algebra = staticmethod(swish_pattern)
+
+    def propose(self, root: ir.Node) -> Rewrite | Miss | None:
+        """The standard Swish is rewritten too: onnxruntime has no kernel for it."""
+        if root.op_type != "Swish":
+            return super().propose(root)
+        x, alpha = root.inputs[0], root.attributes.get("alpha")
+        dtype = facts.dtype_of(x) if x is not None else None
+        if x is None or dtype is None:
+            return None
+        return Rewrite(
+            rule=self.name,
+            spec=Gated(self.activation, "none", dtype),
+            inputs=(x,),
+            attributes={"beta": 1.0 if alpha is None else alpha.as_float()},
+            outputs=(root.outputs[0],),
+            nodes=(root,),
+        )
 
 
 class FuseActivation(RewritePass):

@@ -85,7 +85,7 @@ class FuseGLU(Rule):
     act(g)·u in either order, act one of sigmoid, ReLU, GELU (erf, tanh), Swish with any β, or
     none (bilinear). g and u are two tensors of provably one shape, or the two halves of one
     (Split, Slice, or interleaved columns), either half being the gate. Bilinear needs both to
-    be halves of one tensor or linear maps of one input.
+    be halves of one tensor or linear maps of one input. The standard SwiGLU op.
 
     ## Formula
     y = act(g)∘u.
@@ -103,7 +103,7 @@ class FuseGLU(Rule):
 
     name = "glu"
     op = "GLU"
-    roots = frozenset({"Mul"})
+    roots = frozenset({"Mul", "SwiGLU"})
 
     @functools.cached_property
     def pattern(self) -> Pattern:
@@ -138,6 +138,8 @@ class FuseGLU(Rule):
         a, b = root.inputs
         if a is None or b is None:
             return None
+        if root.op_type == "SwiGLU":
+            return self._standard(root, a, b)
         nearest: Miss | None = None
         for activated, up in ((a, b), (b, a)):
             act = read_activation(activated)
@@ -148,6 +150,21 @@ class FuseGLU(Rule):
                 return outcome
             nearest = outcome
         return nearest or self._bilinear(root, a, b)
+
+    def _standard(self, root: ir.Node, gate: ir.Value, up: ir.Value) -> Rewrite | Miss | None:
+        """The standard SwiGLU, whose operands never broadcast; onnxruntime cannot run it."""
+        dtype, alpha = facts.dtype_of(gate), root.attributes.get("alpha")
+        if dtype is None:
+            return None
+        layout, inputs = _layout(gate, up)
+        return Rewrite(
+            rule=self.name,
+            spec=Gated("swish", layout, dtype),
+            inputs=inputs,
+            attributes={"beta": 1.0 if alpha is None else alpha.as_float()},
+            outputs=(root.outputs[0],),
+            nodes=(root,),
+        )
 
     def _gate(self, root: ir.Node, act: _Act, activated: ir.Value, up: ir.Value) -> Rewrite | Miss:
         nodes = (*act.nodes, root)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Literal
 
 import numpy as np
 import onnx_ir as ir
@@ -30,6 +31,7 @@ from fusenorm.passes.spelling import (
     one_of,
     over_root,
     storage,
+    variance,
     wide,
 )
 
@@ -37,14 +39,19 @@ from fusenorm.passes.spelling import (
 def norm_pattern(subtract_mean: bool) -> Pattern:
     """c/√(mean(c²)+ε)·γ+β with γ and β optional, c = x - mean(x) or x."""
     x = Var("x")
-    c = wide(centred(wide(x), "x")) if subtract_mean else wide(x)
-    variance = add(Named("variance", mean_square(c, "x")), Scalar("epsilon"))
+    if subtract_mean:
+        c = wide(Named("centred", centred(wide(x), "x")))
+        spread = variance(wide(x), c, "x")
+    else:
+        c = wide(x)
+        spread = mean_square(c, "x")
+    shifted = add(spread, Scalar("epsilon"))
     scale, bias = wide(Var("scale")), wide(Var("bias"))
-    normalised = over_root(c, variance)
+    normalised = over_root(c, shifted)
     scaled = one_of(
         mul(storage(normalised), scale),
-        over_root(mul(c, scale), variance),
-        mul(c, over_root(scale, variance)),
+        over_root(mul(c, scale), shifted),
+        mul(c, over_root(scale, shifted)),
     )
     affine = Named("affine", one_of(add(scaled, bias), scaled, add(storage(normalised), bias)))
     return storage(one_of(affine, normalised))
@@ -93,7 +100,8 @@ class _FuseNorm(Rule):
             dtype=dtype,
             scale=facts.dtype_of(vectors["scale"]) if "scale" in vectors else None,
             bias=facts.dtype_of(vectors["bias"]) if "bias" in vectors else None,
-            affine=_affine(found.get("affine"), dtype),
+            affine=_where(found.get("affine"), dtype),
+            centre=_where(found.get("centred"), dtype),
         )
         epsilon = facts.scalar(found["epsilon"])
         assert epsilon is not None
@@ -107,8 +115,8 @@ class _FuseNorm(Rule):
         )
 
 
-def _affine(value: ir.Value | None, dtype: DType) -> str:  # type: ignore[return]
-    """Whether γ and β apply in the 16-bit storage type or in f32."""
+def _where(value: ir.Value | None, dtype: DType) -> Literal["f32", "storage"]:
+    """Whether a step of a 16-bit norm happens in the storage type or in f32."""
     if value is None or dtype not in ("f16", "bf16"):
         return "f32"
     return "storage" if facts.dtype_of(value) == dtype else "f32"
@@ -142,7 +150,7 @@ class FuseLayerNorm(_FuseNorm):
 
     ## What it matches
     Mean, centring, mean of squares, root, division, then scale and bias, in any spelling:
-    square as Pow 2, x·x or ReduceSumSquare; mean as ReduceMean or a sum divided by the size;
+    square as Pow 2, x·x or ReduceSumSquare; variance also as mean(x²) - mean(x)²; mean as ReduceMean or a sum divided by the size;
     division by the root, by Reciprocal, by 1/√ or Pow -0.5; operands in any order; scale applied
     to the centred value, to the inverse root or last; 16-bit models with or without an f32
     island of Casts.

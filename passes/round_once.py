@@ -66,4 +66,27 @@ class Sigmoid(OpRun):
         return (sigmoid(x.astype(np.float64)).astype(x.dtype),)
 
 
-ROUND_ONCE: list[type[OpRun]] = [LayerNormalization, RMSNormalization, Gelu, Sigmoid]
+class Swish(OpRun):
+    op_domain = ""
+
+    def _run(self, x, alpha=1.0):  # type: ignore[no-untyped-def]
+        swish = ACTIVATIONS["swish"].numpy
+        return (swish(x.astype(np.float64), beta=alpha).astype(x.dtype),)
+
+
+class SwiGLU(OpRun):
+    op_domain = ""
+
+    def _run(self, a, b, alpha=1.0):  # type: ignore[no-untyped-def]
+        swish = ACTIVATIONS["swish"].numpy
+        return (swish(a.astype(np.float64), beta=alpha).astype(a.dtype) * b,)
+
+
+ROUND_ONCE: list[type[OpRun]] = [
+    LayerNormalization,
+    RMSNormalization,
+    Gelu,
+    Sigmoid,
+    Swish,
+    SwiGLU,
+]

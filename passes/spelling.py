@@ -84,6 +84,13 @@ def mean_square(a: Pattern, of: str) -> Pattern:
     )
 
 
+def variance(a: Pattern, deviation: Pattern, of: str) -> Pattern:
+    """mean((a - mean(a))²), where `deviation` is a - mean(a), or mean(a²) - mean(a)²."""
+    return one_of(
+        mean_square(deviation, of), sub(mean_square(a, of), square(mean(a, of)))
+    )
+
+
 def centred(a: Pattern, of: str) -> Pattern:
     """a - mean(a)."""
     return sub(a, mean(a, of))

@@ -35,6 +35,8 @@ class Norm(OpSpec):
         affine: `f32` applies γ and β before the one rounding to `dtype`; `storage` rounds the
             normalised value first, as decomposed 16-bit exports do.
         residual: `storage` rounds every step of the sum to `dtype`; `f32` only its end.
+        centre: `storage` rounds the mean and the centred value to `dtype`, as 16-bit exports
+            older than the LayerNormalization op do.
     """
 
     centred: bool = False
@@ -47,6 +49,7 @@ class Norm(OpSpec):
     layer_scale: bool = False
     affine: Literal["f32", "storage"] = "f32"
     residual: Literal["storage", "f32"] = "storage"
+    centre: Literal["f32", "storage"] = "f32"
 
     @property
     def family(self) -> str:
@@ -61,6 +64,7 @@ class Norm(OpSpec):
         tokens += ["layerscale"] if self.layer_scale else []
         tokens += ["castfirst"] if self.affine == "storage" else []
         tokens += ["sum32"] if self.residual == "f32" else []
+        tokens += ["centrefirst"] if self.centre == "storage" else []
         return tuple(tokens)
 
     @classmethod
@@ -83,6 +87,8 @@ class Norm(OpSpec):
                 yield base
                 if skip and dtype in ("f16", "bf16"):
                     yield dataclasses.replace(base, residual="f32")
+                if centred and dtype in ("f16", "bf16"):
+                    yield dataclasses.replace(base, centre="storage")
 
     @property
     def inputs(self) -> tuple[Slot, ...]:
@@ -113,7 +119,11 @@ class Norm(OpSpec):
 
     def write(self, body: Body) -> None:
         h = self._write_sum(body)
-        if self.centred:
+        if self.centred and self.centre == "storage":
+            body.mean("mean", "s" if self.skip else "x")
+            body.let("centred_rounded", f"Sub ({'s' if self.skip else 'x'}, mean)")
+            h = body.cast("centred", "centred_rounded", self.dtype, self.stash)
+        elif self.centred:
             body.mean("mean", h)
             h = body.let("centred", f"Sub ({h}, mean)")
         body.let("square", f"Mul ({h}, {h})")
@@ -176,6 +186,7 @@ class Norm(OpSpec):
             bias=dtype if self.bias else None,
             affine="f32",
             residual="storage",
+            centre="f32",
         )
 
 

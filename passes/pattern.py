@@ -286,15 +286,16 @@ class Casted(Pattern):
 
 @dataclasses.dataclass(frozen=True)
 class Named(Pattern):
-    """The operand, its value bound to `name` for the rule's guards."""
+    """The operand; the first value found for it is kept as `name` for the rule's guards."""
 
     name: str
     operand: Pattern
 
     def match(self, value: ir.Value, state: State, miss: Miss) -> Iterator[State]:
-        bound = state.bind(self.name, value)
-        if bound is not None:
-            yield from self.operand.match(value, bound, miss)
+        known = self.name in state.bindings
+        bound = state if known else state.bind(self.name, value)
+        assert bound is not None
+        yield from self.operand.match(value, bound, miss)
 
     def spell(self, speller: Speller) -> ir.Value:
         return self.operand.spell(speller)

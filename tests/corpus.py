@@ -16,9 +16,7 @@ from pathlib import Path
 import fusenorm
 from fusenorm.report import Report
 
-FOLDER = Path(
-    os.environ.get("FUSENORM_CORPUS", Path(__file__).parents[2] / "shared" / "corpus")
-)
+FOLDER = Path(os.environ.get("FUSENORM_CORPUS", Path(__file__).parents[2] / "shared" / "corpus"))
 # The models whose every f32 export must be recognised completely.
 COMPLETE = (
     "bert", "gpt2", "llama", "qwen2", "gemma", "t5_v1_1_enc", "vit", "deepnorm", "glu_zoo",

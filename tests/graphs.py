@@ -57,16 +57,16 @@ def fused(proto: onnx.ModelProto) -> tuple[onnx.ModelProto, Report]:
     return after, result.report
 
 
-def same(
-    proto: onnx.ModelProto, feeds: Mapping[str, np.ndarray], *, bound: float = 4e-6
-) -> Report:
+def same(proto: onnx.ModelProto, feeds: Mapping[str, np.ndarray], *, bound: float = 4e-6) -> Report:
     """Optimise, require outputs within `bound` of max|y| of the original's, return the report."""
     after, report = fused(proto)
     for a, b in zip(run(proto, feeds), run(after, feeds), strict=True):
         assert a.shape == b.shape
         assert a.dtype == b.dtype
         scale = max(float(np.abs(a).max(initial=0)), 1e-3)
-        np.testing.assert_allclose(b.astype(np.float64), a.astype(np.float64), rtol=0, atol=bound * scale)
+        np.testing.assert_allclose(
+            b.astype(np.float64), a.astype(np.float64), rtol=0, atol=bound * scale
+        )
     return report
 
 

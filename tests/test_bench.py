@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import dataclasses
 
+import onnx.parser
+import onnx_ir as ir
 import pytest
 
-from fusenorm.artifact import Source, sha256
+from fusenorm.artifact import Artifact, Source, sha256
 from fusenorm.bench import bench, measure
 from fusenorm.errors import BadInput
 
@@ -21,12 +23,25 @@ def test_sides_take_turns() -> None:
 
 
 def test_table(folder, fused) -> None:
-    latency = bench(folder, fused, seconds=0.0, threads=1, dims={"seq": 4})
+    latency = bench(folder, fused, seconds=0.0, threads=1, dims={"seq": 4, "batch": 2})
     assert [row.name for row in latency.rows] == ["fusenorm", "onnxruntime", "onnxruntime-noskip"]
-    assert latency.rows[0].slower == 1
+    assert latency.rows[0].relative == 1
     assert all(0 < row.fastest <= row.median for row in latency.rows)
     assert latency.shapes == {"ids": (2, 4), "offset": (2, 4, 8)}
     assert latency.as_dict()["threads"] == 1
+
+
+def test_measures_at_the_first_shape_that_runs(folder, tmp_path) -> None:
+    assert bench(folder, seconds=0.0).shapes["ids"] == (1, 128)
+    text = """<ir_version: 8, opset_import: ["": 18]> g (float[m, n] x) => (float[a, b] y) {
+        shape = Constant <value_ints: ints = [5, 2]> ()
+        y = Reshape (x, shape)
+    }"""
+    model = ir.serde.deserialize_model(onnx.parser.parse_model(text))
+    baked = Artifact("baked", model, {}).save(tmp_path / "baked")
+    assert bench(baked, seconds=0.0).shapes == {"x": (1, 10)}
+    with pytest.raises(BadInput, match="baked: onnxruntime cannot run it on random inputs"):
+        bench(baked, dims={"n": 9})
 
 
 def test_refuses_what_it_cannot_measure(artifact, folder, fused, llama, tmp_path) -> None:

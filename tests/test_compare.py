@@ -18,9 +18,9 @@ def test_a_model_agrees_with_itself_and_its_artifact(fused, folder) -> None:
         found = verify(folder if b is None else fused, b)
         assert found.ok
         assert found.outputs[0].max_relative < 1e-6
-    # Cast, Gather, Add, then eight nodes of the body
+    # Cast, Gather, Add, then the body's longest chain
     assert found.depth == 3 + 7
-    assert found.tolerance == pytest.approx(4 * 2**-23 * found.depth)
+    assert found.tolerance == pytest.approx(4 * 2**-23 * found.depth**0.5)
 
 
 def test_runs_at_two_shapes(fused) -> None:

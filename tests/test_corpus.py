@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import fusenorm
@@ -15,10 +16,24 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize(
-    "path", list(corpus.files(corpus.COMPLETE)), ids=lambda path: path.name
-)
+@pytest.mark.parametrize("path", list(corpus.files(corpus.COMPLETE)), ids=lambda path: path.name)
 def test_every_site_of_a_real_export_is_found(path: Path) -> None:
     report = fusenorm.optimize(path).report
     assert corpus.found(report) == corpus.truth(path)
     assert [site for site in report.sites if site.status == "refused"] == []
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize(
+    "path", list(corpus.files(corpus.COMPLETE)), ids=lambda path: path.name
+)
+def test_the_artifact_computes_what_onnxruntime_does(path: Path, tmp_path: Path) -> None:
+    folder = fusenorm.compile(path).save(tmp_path / "model.fnorm")
+    recorded = {
+        name: value for name, value in np.load(path.with_suffix(".npz")).items() if name != "ref"
+    }
+    at_recorded = fusenorm.verify(path, folder, recorded)
+    assert at_recorded.ok, str(at_recorded)
+    elsewhere = fusenorm.verify(path, folder)
+    assert elsewhere.ok, str(elsewhere)
+    assert len(elsewhere.runs) == 2

@@ -136,7 +136,6 @@ def test_the_runtime_needs_no_compiler(root: Path) -> None:
 
 
 def test_optimising_to_onnx_needs_no_compiler(root: Path) -> None:
-    pytest.importorskip("fusenorm.pipeline")
     code = "import fusenorm; fusenorm.explain('models/llama_tiny.onnx')"
     assert loaded_after(code, root) & {"tvm", "tvm_ffi", "torch"} == set()
 

@@ -1,0 +1,213 @@
+"""Latency of an artifact against onnxruntime, measured alternately in one process."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+
+from fusenorm.artifact import Stored, open_artifact, read_npz, sha256
+from fusenorm.errors import BadInput
+from fusenorm.runtime.session import LOAD_ERRORS, ORT_ERRORS, load
+from fusenorm.testing import SHAPES, random_inputs, sizes
+
+Progress = Callable[[str, int, int], None]
+
+# Sides to measure against: name -> onnxruntime optimizers that are left out.
+AGAINST: dict[str, tuple[str, ...]] = {
+    "onnxruntime": (),
+    "onnxruntime-noskip": ("SkipLayerNormFusion", "EmbedLayerNormFusion"),
+}
+OURS = "fusenorm"
+
+# Tried in this order, as in fusenorm.testing: the first one that runs is measured.
+BENCH_SHAPES = ((1, 128), *SHAPES)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One side of the table.
+
+    Attributes:
+        name: what ran.
+        median: milliseconds per run.
+        fastest: milliseconds of the quickest run.
+        relative: its median over ours; 1 for ours.
+    """
+
+    name: str
+    median: float
+    fastest: float
+    relative: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Latency:
+    """The table and how it was measured.
+
+    Attributes:
+        rows: ours first.
+        rounds: runs per side, taken in turns.
+        threads: intra-op threads of every side, None for onnxruntime's default.
+        shapes: input shapes.
+    """
+
+    rows: tuple[Row, ...]
+    rounds: int
+    threads: int | None
+    shapes: Mapping[str, tuple[int, ...]]
+
+    def as_dict(self) -> dict[str, object]:
+        return {
+            "rows": [dataclasses.asdict(row) for row in self.rows],
+            "unit": "ms",
+            "rounds": self.rounds,
+            "threads": self.threads,
+            "shapes": {name: list(shape) for name, shape in self.shapes.items()},
+        }
+
+
+def bench(
+    artifact: str | os.PathLike[str],
+    model: str | os.PathLike[str] | None = None,
+    *,
+    against: Sequence[str] = tuple(AGAINST),
+    inputs: str | os.PathLike[str] | None = None,
+    dims: Mapping[str, int] | None = None,
+    threads: int | None = None,
+    seconds: float = 2.0,
+    progress: Progress | None = None,
+) -> Latency:
+    """Measure an artifact against the model it was made from.
+
+    Args:
+        artifact: the folder.
+        model: the source .onnx; without it, the artifact's own model runs as plain ONNX, which
+            onnxruntime cannot fuse back as well as the source.
+        against: rows of AGAINST.
+        inputs: an .npz of inputs; else random ones.
+        dims: sizes of symbolic axes for the random inputs.
+        threads: intra-op threads of every side.
+        seconds: how long to measure, all sides together.
+        progress: called with (side, done, total).
+
+    Raises:
+        BadInput: an unknown side, a model that is not the artifact's source, inputs it cannot take.
+    """
+    unknown = [name for name in against if name not in AGAINST]
+    if unknown:
+        raise BadInput(f"cannot measure against '{unknown[0]}': one of {', '.join(AGAINST)}")
+    stored = open_artifact(artifact)
+    source = stored.manifest["source"]["sha256"]
+    if model is not None and source is not None and sha256(Path(model)) != source:
+        raise BadInput(f"is not the model {stored.name} was made from", file=model)
+    sides: dict[str, ort.InferenceSession] = {OURS: load(stored, threads, _options())}
+    for name in against:
+        sides[name] = _plain(Path(model) if model is not None else stored.model, name, threads)
+    feed = (
+        read_npz(inputs, stored.signature.inputs)
+        if inputs is not None
+        else _feed(sides[OURS], stored, dims)
+    )
+    try:
+        times = measure(
+            {name: _runner(side, feed) for name, side in sides.items()}, seconds, progress
+        )
+    except ORT_ERRORS as error:
+        raise BadInput(
+            f"onnxruntime cannot run it on these inputs ({error})", file=artifact
+        ) from error
+    ours = statistics.median(times[OURS])
+    rows = (
+        Row(name, 1e3 * statistics.median(taken), 1e3 * min(taken), statistics.median(taken) / ours)
+        for name, taken in times.items()
+    )
+    shapes = {name: tuple(array.shape) for name, array in feed.items()}
+    return Latency(tuple(rows), len(times[OURS]), threads, shapes)
+
+
+def measure(
+    sides: Mapping[str, Callable[[], object]], seconds: float, progress: Progress | None = None
+) -> dict[str, list[float]]:
+    """Time callables in turns, so that a slow moment of the machine meets all of them.
+
+    Args:
+        sides: name to what is timed; each runs three times before.
+        seconds: how long to measure, all sides together.
+        progress: called with ("measure", done, total) in rounds.
+
+    Returns:
+        Name to seconds per call, equally many for each, at least 5.
+    """
+    for side in sides.values():
+        side()
+    started = time.perf_counter()
+    for _ in range(2):
+        for side in sides.values():
+            side()
+    per_round = (time.perf_counter() - started) / 2
+    rounds = max(5, min(1000, int(seconds / max(per_round, 1e-9))))
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    order = list(sides.items())
+    for number in range(rounds):
+        for name, side in order:
+            begun = time.perf_counter()
+            side()
+            times[name].append(time.perf_counter() - begun)
+        order.append(order.pop(0))
+        if progress is not None:
+            progress("measure", number + 1, rounds)
+    return times
+
+
+def _feed(
+    session: ort.InferenceSession, stored: Stored, dims: Mapping[str, int] | None
+) -> dict[str, np.ndarray]:
+    """Random inputs of the first shape the model runs at."""
+    refusal: Exception | None = None
+    for leading, other in BENCH_SHAPES:
+        bound = sizes(stored.signature, dims, leading=leading, other=other)
+        feed = random_inputs(stored.signature, bound)
+        try:
+            session.run(None, feed)
+        except ORT_ERRORS as error:
+            refusal = refusal or error
+            continue
+        return feed
+    raise BadInput(
+        f"onnxruntime cannot run it on random inputs ({refusal}); "
+        "give sizes with --dim NAME=SIZE or inputs with --inputs FILE.npz",
+        file=stored.path,
+    )
+
+
+def _options(threads: int | None = None) -> ort.SessionOptions:
+    options = ort.SessionOptions()
+    options.log_severity_level = 4  # what goes wrong is raised
+    # Idle threads of one side must not spin while another is measured.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    return options
+
+
+def _plain(model: Path, name: str, threads: int | None) -> ort.InferenceSession:
+    try:
+        return ort.InferenceSession(
+            os.fspath(model),
+            _options(threads),
+            providers=["CPUExecutionProvider"],
+            disabled_optimizers=list(AGAINST[name]),
+        )
+    except LOAD_ERRORS as error:
+        raise BadInput(f"onnxruntime cannot load it: {error}", file=model) from error
+
+
+def _runner(session: ort.InferenceSession, feed: Mapping[str, np.ndarray]) -> Callable[[], object]:
+    return lambda: session.run(None, feed)

@@ -1,0 +1,528 @@
+"""The command `fusenorm`.
+
+Exit codes: 0 done, 1 a check failed, 2 bad input or usage. Results go to stdout, as tables or
+with --json as one JSON object and nothing else; progress and errors go to stderr.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import json
+import os
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from fusenorm import __version__
+from fusenorm.errors import BadInput, CheckFailed, FusenormError
+
+if TYPE_CHECKING:
+    from fusenorm.bench import Latency
+    from fusenorm.compare import Comparison
+    from fusenorm.pipeline import Result
+
+P = ParamSpec("P")
+Step = Callable[[str, int, int], None]
+
+app = typer.Typer(
+    name="fusenorm",
+    help="Fuse norm, GELU and GLU subgraphs of ONNX models into TVM kernels for onnxruntime.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Model = Annotated[Path, typer.Argument(metavar="MODEL.onnx", help="The model.")]
+Folder = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="A folder made by optimize.")]
+Output = Annotated[Path | None, typer.Option("-o", "--output", help="Where to write.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+TargetName = Annotated[str, typer.Option("--target", help="What to compile for, e.g. cpu.")]
+Inputs = Annotated[
+    Path | None, typer.Option("--inputs", metavar="IN.npz", help="Arrays by input name.")
+]
+Dims = Annotated[
+    list[str] | None,
+    typer.Option("--dim", metavar="NAME=SIZE", help="Size of a symbolic axis; repeatable."),
+]
+Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Intra-op threads.")]
+Limit = Annotated[
+    int | None, typer.Option("--limit", min=0, help="Make only the first N rewrites (to bisect).")
+]
+
+
+def main() -> None:
+    """Entry point of the `fusenorm` script."""
+    try:
+        app()
+    except Exception as error:  # The process ends here: a mistake of ours is one line, too.
+        if "--debug" in sys.argv:
+            raise
+        kind = type(error).__name__
+        _say(f"internal error, please report it with what --debug shows: {kind}: {error}")
+        sys.exit(2)
+
+
+def _command(function: Callable[P, None]) -> Callable[P, None]:
+    """Register a command whose errors become one line on stderr and an exit code."""
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            function(*args, **kwargs)
+        except FusenormError as error:
+            if kwargs.get("debug"):
+                traceback.print_exc()
+            _say(str(error))
+            raise typer.Exit(1 if isinstance(error, CheckFailed) else 2) from None
+
+    app.command(no_args_is_help=False)(run)
+    return run
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        typer.echo(f"fusenorm {__version__}")
+        raise typer.Exit
+
+
+@_command
+def optimize(
+    model: Model,
+    output: Output = None,
+    target: TargetName = "cpu",
+    emit: Annotated[
+        str, typer.Option(help="artifact: a folder with compiled kernels; onnx: one file.")
+    ] = "artifact",
+    limit: Limit = None,
+    no_bench: Annotated[bool, typer.Option("--no-bench", help="Measure no latency.")] = False,
+    inputs: Inputs = None,
+    dim: Dims = None,
+    threads: Threads = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Fuse, check, compile and save a model; report every site and the latency."""
+    from fusenorm import pipeline
+
+    if emit not in ("artifact", "onnx"):
+        raise BadInput(f"--emit is '{emit}': give artifact or onnx")
+    dims = _dims(dim)
+    destination = output or Path(
+        f"{model.stem}.fnorm" if emit == "artifact" else f"{model.stem}.fused.onnx"
+    )
+    if destination.resolve() == model.resolve():
+        raise BadInput("the output would overwrite the model: choose another -o", file=destination)
+    with _progress(as_json) as step:
+        result = pipeline.optimize(model, options=pipeline.Options(limit=limit), progress=step)
+        check = _Check(model, destination, inputs, dims)
+        latency = None
+        if emit == "onnx":
+            _save_checked(result, destination, check)
+        else:
+            artifact = pipeline.compile(result, target=target, progress=step)
+            artifact.save(destination, check=check)
+            if check.comparison is not None and not no_bench:
+                latency = _latency(
+                    destination, model, inputs=inputs, dims=dims, threads=threads, progress=step
+                )
+    report = result.report.as_dict()
+    if as_json:
+        outcome = {**check.as_dict(), "latency": None if latency is None else latency.as_dict()}
+        _print_json({**report, "output": str(destination), **outcome})
+        return
+    _print_report(report)
+    check.print()
+    if latency is not None:
+        _print_latency(latency)
+    _out().print(f"saved {destination}", soft_wrap=True)
+
+
+@_command
+def explain(
+    model: Model,
+    expect: Annotated[
+        int | None, typer.Option(min=0, help="Exit with 1 unless this many sites are fused.")
+    ] = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Every site that could be fused: fused, native, or refused with the reason and node."""
+    from fusenorm import pipeline
+
+    report = pipeline.explain(model).as_dict()
+    if as_json:
+        _print_json(report)
+    else:
+        _print_report(report)
+    fused = _statuses(report)["fused"]
+    if expect is not None and fused != expect:
+        raise CheckFailed(f"{fused} sites fused, {expect} expected", file=model)
+
+
+@_command
+def verify(
+    a: Annotated[Path, typer.Argument(metavar="A", help="Reference: .onnx or artifact.")],
+    b: Annotated[
+        Path | None, typer.Argument(metavar="[B]", help="Compared; else A's recorded run.")
+    ] = None,
+    inputs: Inputs = None,
+    dim: Dims = None,
+    tolerance: Annotated[
+        float | None, typer.Option(min=0, help="Relative to the largest value; else by depth.")
+    ] = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Compare the outputs of two models; exit with 1 if they differ."""
+    from fusenorm import compare
+
+    comparison = compare.verify(a, b, inputs, dims=_dims(dim), tolerance=tolerance)
+    if as_json:
+        _print_json(comparison.as_dict())
+    else:
+        _print_comparison(comparison)
+    if not comparison.ok:
+        raise CheckFailed(str(comparison))
+
+
+@_command
+def bench(
+    path: Annotated[Path, typer.Argument(metavar="ARTIFACT|MODEL.onnx")],
+    model: Annotated[
+        Path | None, typer.Option(metavar="MODEL.onnx", help="The artifact's source model.")
+    ] = None,
+    against: Annotated[
+        str, typer.Option(help="Comma-separated sides.")
+    ] = "onnxruntime,onnxruntime-noskip",
+    inputs: Inputs = None,
+    dim: Dims = None,
+    threads: Threads = None,
+    seconds: Annotated[float, typer.Option(min=0, help="How long to measure.")] = 4.0,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Latency against onnxruntime, measured in turns in one run."""
+    from fusenorm import pipeline
+
+    with _progress(as_json) as step, tempfile.TemporaryDirectory() as scratch:
+        folder = path
+        if not path.is_dir():
+            folder, model = Path(scratch, path.stem), path
+            pipeline.compile(pipeline.optimize(path, progress=step), progress=step).save(folder)
+        latency = _latency(
+            folder,
+            model,
+            against=against.split(","),
+            inputs=inputs,
+            dims=_dims(dim),
+            threads=threads,
+            seconds=seconds,
+            progress=step,
+        )
+    if as_json:
+        _print_json(latency.as_dict())
+    else:
+        _print_latency(latency)
+
+
+@_command
+def compile(
+    model: Annotated[Path, typer.Argument(metavar="MODEL.onnx", help="A fused model.")],
+    output: Output = None,
+    target: TargetName = "cpu",
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Compile the fused ops of an already fused model into an artifact."""
+    from fusenorm import pipeline
+
+    destination = output or Path(f"{model.stem}.fnorm")
+    with _progress(as_json) as step:
+        artifact = pipeline.compile(model, target=target, progress=step)
+        check = _Check(model, destination, None, {})
+        artifact.save(destination, check=check)
+    if as_json:
+        _print_json({"output": str(destination), "target": target, **check.as_dict()})
+    else:
+        check.print()
+        _out().print(f"saved {destination}", soft_wrap=True)
+
+
+@_command
+def run(
+    artifact: Folder,
+    inputs: Annotated[Path, typer.Option("--inputs", metavar="IN.npz", help="Arrays by name.")],
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", metavar="OUT.npz", help="Save the outputs.")
+    ] = None,
+    threads: Threads = None,
+    no_library: Annotated[
+        bool, typer.Option("--no-library", help="Run as plain ONNX, without compiled kernels.")
+    ] = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Run an artifact once on the arrays of an .npz."""
+    from fusenorm.artifact import read_npz, write_npz
+    from fusenorm.runtime.session import ORT_ERRORS, load
+
+    session = load(artifact, threads, library=not no_library)
+    feed = read_npz(inputs, session.signature.inputs)
+    try:
+        values = session.run(None, feed)
+    except ORT_ERRORS as error:
+        raise BadInput(
+            f"onnxruntime cannot run it on these inputs ({error})", file=inputs
+        ) from error
+    names = [tensor.name for tensor in session.signature.outputs]
+    results = dict(zip(names, values, strict=True))
+    if output is not None:
+        write_npz(output, results)
+    shapes = {name: f"{value.dtype}{list(value.shape)}" for name, value in results.items()}
+    if as_json:
+        _print_json({"outputs": shapes, "saved": None if output is None else str(output)})
+        return
+    table = _table("output", "type", "min", "mean", "max")
+    for name, value in results.items():
+        wide = value.astype("float64")
+        spread = (wide.min(), wide.mean(), wide.max()) if wide.size else ()
+        table.add_row(name, shapes[name], *(f"{number:.6g}" for number in spread))
+    _out().print(table)
+
+
+@_command
+def inspect(artifact: Folder, as_json: AsJson = False, debug: Debug = False) -> None:
+    """Check an artifact's files and say what it holds and needs."""
+    from fusenorm.artifact import open_artifact
+    from fusenorm.runtime.host import Host
+
+    stored = open_artifact(artifact)
+    host = Host.detect()
+    lacks = {library.level: host.lacks(library) for library in stored.libraries}
+    if as_json:
+        _print_json({**stored.manifest, "lacks": lacks})
+        return
+    table = _table("name", "value")
+    for key in ("name", "target"):
+        table.add_row(key, str(stored.manifest[key]))
+    for key, value in (*stored.manifest["source"].items(), *stored.manifest["versions"].items()):
+        table.add_row(key, str(value))
+    for tensor in stored.signature.inputs:
+        table.add_row("input", f"{tensor.name}: {tensor}")
+    for tensor in stored.signature.outputs:
+        table.add_row("output", f"{tensor.name}: {tensor}")
+    for library in stored.libraries:
+        table.add_row("library", f"{library.level}: {lacks[library.level] or 'runs here'}")
+        table.add_row("fused ops", ", ".join(library.op_types))
+    for entry in stored.manifest["files"]:
+        table.add_row("file", f"{entry['path']}  {entry['size']} bytes")
+    _out().print(table)
+
+
+@_command
+def rules(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]")] = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """List the rewrite rules, or print one rule's documentation."""
+    from fusenorm.passes import RULES
+
+    chosen = [rule for rule in RULES if name in (None, rule.name)]
+    if not chosen:
+        raise BadInput(f"no rule '{name}': {', '.join(rule.name for rule in RULES)}")
+    if as_json:
+        _print_json(
+            {
+                "rules": [
+                    {"name": r.name, "summary": r.summary, "documentation": r.documentation}
+                    for r in chosen
+                ]
+            }
+        )
+    elif name is not None:
+        typer.echo(chosen[0].documentation)
+    else:
+        table = _table("rule", "what it does")
+        for rule in chosen:
+            table.add_row(rule.name, rule.summary)
+        _out().print(table)
+
+
+def _say(message: str) -> None:
+    line = " ".join(f"error: {message}".split())
+    _errors().print(line, soft_wrap=True)
+
+
+class _Check:
+    """Compares what was made with its source; called before it is put in place.
+
+    A source that onnxruntime itself cannot run on random inputs is not compared: the reason is
+    reported, and the rewrites were still validated one by one.
+    """
+
+    def __init__(
+        self, model: Path, destination: Path, inputs: Path | None, dims: Mapping[str, int]
+    ) -> None:
+        self.model, self.destination = model, destination
+        self.inputs, self.dims = inputs, dims
+        self.comparison: Comparison | None = None
+        self.reason: str | None = None
+
+    def __call__(self, made: Path) -> None:
+        from fusenorm import compare
+
+        try:
+            comparison = compare.verify(self.model, made, self.inputs, dims=self.dims)
+        except compare.CannotRun as error:
+            if error.path != self.model or self.inputs is not None:
+                raise
+            self.reason = str(error)
+            return
+        self.comparison = dataclasses.replace(comparison, b=str(self.destination))
+        if not comparison.ok:
+            raise CheckFailed(f"{self.comparison}; nothing was saved")
+
+    def as_dict(self) -> dict[str, object]:
+        comparison = None if self.comparison is None else self.comparison.as_dict()
+        return {"comparison": comparison, "not_compared": self.reason}
+
+    def print(self) -> None:
+        if self.comparison is not None:
+            _print_comparison(self.comparison)
+        else:
+            _out().print(f"not compared with its source: {self.reason}", soft_wrap=True)
+
+
+def _save_checked(result: Result, destination: Path, check: Callable[[Path], object]) -> None:
+    """Save a portable model; files appear only once the check has passed."""
+    if not destination.parent.is_dir():
+        raise BadInput(f"no such folder: {destination.parent}", file=destination)
+    with tempfile.TemporaryDirectory(prefix=".fusenorm.", dir=destination.parent) as scratch:
+        files = result.save(Path(scratch, destination.name))
+        check(Path(scratch, destination.name))
+        for file in files:
+            os.replace(file, destination.parent / file.name)
+
+
+def _latency(folder: Path, model: Path | None, **arguments: Any) -> Latency:
+    from fusenorm.bench import bench as measure
+
+    return measure(folder, model, **arguments)
+
+
+def _dims(given: Sequence[str] | None) -> dict[str, int]:
+    found = {}
+    for text in given or ():
+        name, _, size = text.partition("=")
+        if not name or not size.isdecimal():
+            raise BadInput(f"--dim is '{text}': give NAME=SIZE")
+        found[name] = int(size)
+    return found
+
+
+def _out() -> Console:
+    return Console(width=None if sys.stdout.isatty() else 160, markup=False, highlight=False)
+
+
+def _errors() -> Console:
+    return Console(stderr=True, markup=False, highlight=False)
+
+
+@contextlib.contextmanager
+def _progress(as_json: bool) -> Iterator[Step | None]:
+    """A callback that draws bars on stderr; None where nobody looks."""
+    if as_json or not sys.stderr.isatty():
+        yield None
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=_errors(), transient=True) as progress:
+        task = progress.add_task("")
+
+        def step(stage: str, done: int, total: int) -> None:
+            progress.update(task, description=stage, completed=done, total=total)
+
+        yield step
+
+
+def _table(*columns: str, title: str | None = None) -> Table:
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
+
+
+def _print_json(value: object) -> None:
+    typer.echo(json.dumps(value, indent=2, ensure_ascii=False, default=str))
+
+
+def _statuses(report: Mapping[str, Any]) -> dict[str, int]:
+    counts = dict.fromkeys(("fused", "native", "refused"), 0)
+    for site in report["sites"]:
+        counts[site["status"]] += 1
+    return counts
+
+
+def _print_report(report: Mapping[str, Any]) -> None:
+    console = _out()
+    sites = _table("op", "status", "kind or reason", "output", "nodes")
+    for site in report["sites"]:
+        reason = ": ".join(site[key] for key in ("reason", "detail") if site.get(key))
+        output, nodes = site["output"], str(len(site["nodes"]))
+        sites.add_row(site["op"], site["status"], reason or site.get("kind", ""), output, nodes)
+    if report["sites"]:
+        console.print(sites)
+        console.print()
+    counts = _statuses(report)
+    summary = f"{len(report['sites'])} sites: " + ", ".join(
+        f"{n} {name}" for name, n in counts.items()
+    )
+    ops = ", ".join(f"{op} {number}" for op, number in report["counts"].items())
+    console.print(f"{summary} ({ops})" if ops else summary)
+    for name, value in report.get("checks", {}).items():
+        console.print(f"check {name}: {value}")
+
+
+def _print_comparison(comparison: Comparison) -> None:
+    table = _table("output", "type", "max abs", "max relative", "bound", "ulps", "verdict")
+    for output in comparison.outputs:
+        table.add_row(
+            output.name,
+            f"{output.dtype}{list(output.shape)}",
+            f"{output.max_abs:.3g}",
+            f"{output.max_relative:.3g}",
+            f"{output.tolerance:.3g}",
+            "" if output.max_ulps is None else str(output.max_ulps),
+            output.reason or "agrees",
+        )
+    _out().print(table)
+
+
+def _print_latency(latency: Latency) -> None:
+    table = _table("latency", "median ms", "fastest ms", "relative to ours")
+    for row in latency.rows:
+        table.add_row(row.name, f"{row.median:.3f}", f"{row.fastest:.3f}", f"{row.relative:.2f}×")
+    console = _out()
+    console.print(table)
+    shapes = ", ".join(f"{name} {list(shape)}" for name, shape in latency.shapes.items())
+    console.print(f"{latency.rounds} runs each, in turns; {shapes}")

@@ -1,0 +1,49 @@
+"""The C table of a library's ops that ort_shim.c includes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fusenorm.kernels import row_program, symbols
+from fusenorm.lower.target import Target
+from fusenorm.ops import DTYPES, FAMILIES, OpSpec, Slot
+
+
+def table(specs: Sequence[OpSpec], target: Target) -> str:
+    """The text of fusenorm_table.h."""
+    names = [name for spec in specs for name in symbols(spec)]
+    known = sorted({name for family in FAMILIES for s in family.variants() for name in s.attributes})
+    declarations = "\n".join(
+        f"extern int __tvm_ffi_{name}(void*, const Argument*, int32_t, Argument*);"
+        for name in names
+    )
+    strays = ", ".join(f'"{name}"' for name in (*known, "axis", "stash_type"))
+    rows = "\n".join(_row(spec) for spec in specs)
+    x86 = int(target.level[-1]) if target.machine == "x86_64" else 0
+    return (
+        f"{declarations}\n"
+        f'#define LEVEL "{target.level}"\n'
+        f"#define X86_LEVEL {x86}\n"
+        f"enum {{ OP_COUNT = {len(specs)} }};\n"
+        f"static const char* const KNOWN_ATTRIBUTES[] = {{{strays}}};\n"
+        f"static const Op OPS[OP_COUNT] = {{\n{rows}\n}};\n"
+    )
+
+
+def _row(spec: OpSpec) -> str:
+    kernels = [f"__tvm_ffi_{name}" for name in symbols(spec)]
+    numbers = (row_program(spec).flat, len(spec.inputs), len(spec.outputs), len(spec.attributes))
+    attributes = ", ".join(f'"{name}"' for name in spec.attributes) or "0"
+    return (
+        f'  {{"{spec.op_type}", {kernels[0]}, {kernels[-1]}, '
+        f"{', '.join(str(int(number)) for number in numbers)},\n"
+        f"   {{{', '.join(_slot(slot) for slot in spec.inputs)}}},\n"
+        f"   {{{', '.join(_slot(slot) for slot in spec.outputs)}}}, {{{attributes}}}}},"
+    )
+
+
+def _slot(slot: Slot) -> str:
+    info = DTYPES[slot.dtype]
+    return (
+        f'{{"{slot.name}", {int(info.onnx)}, {info.numpy.itemsize}, {slot.layout.upper()}}}'
+    )

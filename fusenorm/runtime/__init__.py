@@ -1,0 +1,1 @@
+"""Running artifacts: onnxruntime with the ops library; never TVM, never the compiler."""

@@ -134,7 +134,9 @@ def optimize(
         if emit == "onnx":
             _save_checked(result, destination, check)
         else:
-            artifact = pipeline.compile(result, target=target, progress=step)
+            artifact = pipeline.compile(
+                result, target=target, inputs=inputs, dims=dims, progress=step
+            )
             artifact.save(destination, check=check)
             if check.comparison is not None and not no_bench:
                 latency = _latency(

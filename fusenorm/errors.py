@@ -17,8 +17,9 @@ class FusenormError(Exception):
     """
 
     def __init__(self, message: str, *, file: object = None, node: str | None = None) -> None:
+        self.message = " ".join(str(message).split())
         where = [str(part) for part in (file, f"node {node}" if node else None) if part]
-        super().__init__(": ".join([*where, " ".join(str(message).split())]))
+        super().__init__(": ".join([*where, self.message]))
 
 
 class BadInput(FusenormError):

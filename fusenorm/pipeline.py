@@ -7,10 +7,11 @@ import hashlib
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 
@@ -22,6 +23,7 @@ from fusenorm.passes.fuse_activation import FuseActivation
 from fusenorm.passes.fuse_glu import FuseGatedUnit
 from fusenorm.passes.fuse_norm import FuseNorm
 from fusenorm.passes.fuse_residual import FuseResidualNorm
+from fusenorm.passes.pattern import node_name
 from fusenorm.passes.rewrite import Check
 from fusenorm.passes.validate import Validator
 from fusenorm.passes.verify_graph import find_problem, verify_graph
@@ -196,6 +198,8 @@ def compile(
     model: Result | str | os.PathLike[str] | onnx.ModelProto | ir.Model,
     target: str = "cpu",
     *,
+    inputs: str | os.PathLike[str] | Mapping[str, np.ndarray] | None = None,
+    dims: Mapping[str, int] | None = None,
     progress: Progress | None = None,
 ) -> Artifact:
     """Lower the fused ops of a model to one kernel library and pack both.
@@ -203,6 +207,8 @@ def compile(
     Args:
         model: what optimize returned, or anything it takes (which is optimised first).
         target: `cpu` for this machine's level, or a level such as `x86-64-v3`.
+        inputs: arrays by name, or an .npz of them, for the recorded run; else random ones.
+        dims: sizes of symbolic axes for random inputs.
         progress: called with (step, steps done, steps in all).
 
     Returns:
@@ -213,7 +219,7 @@ def compile(
     """
     result = model if isinstance(model, Result) else optimize(model, progress=progress)
     from fusenorm.artifact import Artifact, Library, Source
-    from fusenorm.compare import golden
+    from fusenorm.compare import CannotRun, golden
     from fusenorm.kernels import supports
     from fusenorm.lower import Target, build_library
 
@@ -228,7 +234,14 @@ def compile(
             progress("record a golden run", len(specs), len(specs))
         portable = Path(scratch, "model.onnx")
         result.save(portable)
-        recorded = golden(portable)
+        try:
+            recorded = golden(portable, inputs=inputs, dims=dims)
+        except CannotRun as error:
+            message = error.message.replace(f"Load model from {portable} failed:", "")
+            node = _foreign_node(result.model)
+            raise BadInput(
+                message, file=result.source or result.model.graph.name, node=node
+            ) from error
     summary = result.report.model
     return Artifact(
         name=result.source.stem if result.source else str(result.model.graph.name or "model"),
@@ -239,3 +252,12 @@ def compile(
         source=Source(summary["sha256"], summary["opset"], summary["ir_version"]),
         golden=recorded,
     )
+
+
+def _foreign_node(model: ir.Model) -> str | None:
+    """The first node of a domain neither ONNX, onnxruntime nor the model itself defines."""
+    known = ("", "ai.onnx", "ai.onnx.ml", "com.microsoft", "com.microsoft.nchwc")
+    for node in model.graph.all_nodes():
+        if node.domain not in known and node.op_identifier() not in model.functions:
+            return f"{node_name(node)} ({node.domain}:{node.op_type})"
+    return None

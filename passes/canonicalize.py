@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
-import onnx
 import onnx_ir as ir
 import onnx_ir.passes.common as common
-from onnx.reference import ReferenceEvaluator
 
 from fusenorm.ops.spec import DOMAIN
 from fusenorm.passes import facts
+from fusenorm.passes.evaluate import evaluate
 
 # Larger results would grow the file; shapes, scalars and norm scales are far below.
 FOLD_LIMIT = 1 << 16
@@ -106,7 +105,9 @@ class FoldConstants(ir.passes.InPlacePass):
             return None
         if sum(array.size for array in arrays if array is not None) > self.limit:
             return None
-        result = _evaluate(node, arrays, opset)  # type: ignore[arg-type]
+        proto = ir.serde.serialize_node(node)
+        feeds = {name: array for name, array in zip(proto.input, arrays, strict=True) if name}
+        (result,) = evaluate([proto], feeds, proto.output, (), opset)  # type: ignore[arg-type]
         return result if result.size <= self.limit else None
 
 
@@ -146,29 +147,6 @@ def _gathered_dim(node: ir.Node) -> np.ndarray | None:
     elif source.shape is not None and -source.shape.rank() <= position < source.shape.rank():
         dim = source.shape[position]
     return np.full(index.shape, dim, np.int64) if isinstance(dim, int) else None
-
-
-def _evaluate(node: ir.Node, arrays: list[np.ndarray], opset: int) -> np.ndarray:
-    proto = ir.serde.serialize_node(node)
-    graph = onnx.helper.make_graph(
-        [proto],
-        "fold",
-        [
-            onnx.helper.make_tensor_value_info(
-                name, onnx.helper.np_dtype_to_tensor_dtype(array.dtype), array.shape
-            )
-            for name, array in {n: a for n, a in zip(proto.input, arrays, strict=True)}.items()
-        ],
-        [onnx.helper.make_tensor_value_info(proto.output[0], onnx.TensorProto.FLOAT, None)],
-    )
-    model = onnx.helper.make_model(
-        graph, opset_imports=[onnx.helper.make_opsetid("", opset)], ir_version=10
-    )
-    with np.errstate(all="ignore"):
-        result = ReferenceEvaluator(model).run(
-            None, dict(zip(proto.input, arrays, strict=True))
-        )[0]
-    return np.asarray(result)
 
 
 def _replace(graph: ir.Graph, node: ir.Node, array: np.ndarray) -> None:

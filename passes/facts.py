@@ -148,14 +148,17 @@ def same_shape(a: ir.Value, b: ir.Value) -> bool:
     """
     if a is b:
         return True
-    if a.shape is not None and b.shape is not None and a.shape.rank() == b.shape.rank():
-        if all(
-            x == y and (isinstance(x, int) or x.value is not None)
-            for x, y in zip(a.shape, b.shape, strict=True)
-        ):
-            return True
+    if a.shape is not None and b.shape is not None and _equal_dims(a.shape, b.shape):
+        return True
     size = last_dim(a)
     return size is not None and size == last_dim(b) and _origin(a) is _origin(b)
+
+
+def _equal_dims(a: ir.Shape, b: ir.Shape) -> bool:
+    """Whether every dimension is the same number or the same named symbol."""
+    return a.rank() == b.rank() and all(
+        x == y and (isinstance(x, int) or x.value is not None) for x, y in zip(a, b, strict=True)
+    )
 
 
 def _origin(value: ir.Value) -> ir.Value:

@@ -150,10 +150,10 @@ class FuseLayerNorm(_FuseNorm):
 
     ## What it matches
     Mean, centring, mean of squares, root, division, then scale and bias, in any spelling:
-    square as Pow 2, x·x or ReduceSumSquare; variance also as mean(x²) - mean(x)²; mean as ReduceMean or a sum divided by the size;
-    division by the root, by Reciprocal, by 1/√ or Pow -0.5; operands in any order; scale applied
-    to the centred value, to the inverse root or last; 16-bit models with or without an f32
-    island of Casts.
+    square as Pow 2, x·x or ReduceSumSquare; variance also as mean(x²) - mean(x)²; mean as
+    ReduceMean or a sum divided by the size; division by the root, by Reciprocal, by 1/√ or
+    Pow -0.5; operands in any order; scale applied to the centred value, to the inverse root or
+    last; 16-bit models with or without an f32 island of Casts.
 
     ## Formula
     y = (x - mean(x)) / sqrt(mean((x - mean(x))²) + epsilon) · scale + bias over the last axis.

@@ -53,7 +53,7 @@ def read_norm(node: ir.Node) -> _NormNode | Refusal | None:
         return Refusal("stats_used", name, "its Mean or InvStdDev output is used")
     if facts.attribute_int(node, "stash_type", 1) != 1 or dtype not in ("f32", "f16", "bf16"):
         return Refusal("types", name, f"statistics of {dtype} in another type than f32")
-    vectors = []
+    found: list[ir.Value] = []
     for value in node.inputs[1:]:
         if value is None:
             continue
@@ -61,8 +61,8 @@ def read_norm(node: ir.Node) -> _NormNode | Refusal | None:
         vector = as_vector(value, scale_size, 1)
         if vector is None:
             return Refusal("scale_shape", name, f"{value.name} is not one row of {scale_size}")
-        vectors.append(vector)
-    types = [facts.dtype_of(vector) for vector in vectors]
+        found.append(vector)
+    types = [facts.dtype_of(vector) for vector in found]
     epsilon = node.attributes.get("epsilon")
     spec = Norm(
         centred=node.op_type == "LayerNormalization",
@@ -70,7 +70,7 @@ def read_norm(node: ir.Node) -> _NormNode | Refusal | None:
         scale=types[0],
         bias=types[1] if len(types) > 1 else None,
     )
-    return _NormNode(spec, tuple(vectors), 1e-5 if epsilon is None else epsilon.as_float())
+    return _NormNode(spec, tuple(found), 1e-5 if epsilon is None else epsilon.as_float())
 
 
 @dataclasses.dataclass(frozen=True)

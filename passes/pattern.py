@@ -214,9 +214,7 @@ class Reduce(Pattern):
         if speller.opset >= as_input:
             inputs = [value, speller.constant(np.array([axis], np.int64))]
             return speller.node(self.op_type, inputs, facts.dtype_of(value), keepdims=1)
-        return speller.node(
-            self.op_type, [value], facts.dtype_of(value), axes=[axis], keepdims=1
-        )
+        return speller.node(self.op_type, [value], facts.dtype_of(value), axes=[axis], keepdims=1)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -256,7 +256,7 @@ def _declare(model: ir.Model, spec: OpSpec, opset: int) -> None:
     """Add the op's function body to the model, once."""
     identifier = (DOMAIN, spec.op_type, "")
     if identifier not in model.functions:
-        if model.ir_version is not None and model.ir_version < MIN_IR_VERSION:
+        if model.ir_version < MIN_IR_VERSION:
             model.ir_version = MIN_IR_VERSION
         function = ir.serde.deserialize_function(spec.function(opset))
         model.functions[identifier] = function

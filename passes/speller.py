@@ -54,7 +54,7 @@ class Speller:
     def narrowed(self, values: list[ir.Value]) -> list[ir.Value]:
         """Operands of one type: where one is rounded already, the others skip their Cast up."""
         types = {value.dtype for value in values}
-        narrow = DTYPES[self.dtype].onnx
+        narrow: ir.DataType | None = DTYPES[self.dtype].onnx
         if len(types) == 1 or narrow not in types:
             return values
         sources = [value if value.dtype == narrow else value.producer() for value in values]
@@ -94,10 +94,9 @@ class Speller:
         """One half of the last axis by Split; both halves share one node."""
         key = f"{value.name}_split"
         if f"{key}_0" not in self.values:
-            outputs = [ir.val(f"{key}_{index}") for index in (0, 1)]
-            for out in outputs:
-                out.dtype = value.dtype
-                self.values[out.name] = out  # type: ignore[index]
+            dtype = DTYPES[self.dtype].onnx
+            outputs = [ir.val(f"{key}_{index}", dtype=dtype) for index in (0, 1)]
+            self.values.update({f"{key}_{index}": out for index, out in enumerate(outputs)})
             attributes: dict[str, int] = {"axis": (-1, self.rank - 1)[self.pick(2)]}
             if self.opset >= 18:
                 attributes["num_outputs"] = 2
@@ -106,10 +105,10 @@ class Speller:
 
     def columns(self, value: ir.Value, part: int, *, interleaved: bool) -> ir.Value:
         """Half of the columns by Slice: one side, or every second one."""
-        start, end, step = (part, 2**31, 2) if interleaved else (part * WIDTH, WIDTH * (part + 1), 1)
-        bounds = [
-            self.constant(np.array([bound], np.int64)) for bound in (start, end, -1, step)
-        ]
+        start, end, step = (
+            (part, 2**31, 2) if interleaved else (part * WIDTH, WIDTH * (part + 1), 1)
+        )
+        bounds = [self.constant(np.array([bound], np.int64)) for bound in (start, end, -1, step)]
         return self.node("Slice", [value, *bounds])
 
     def model(self, output: ir.Value) -> ir.Model:
@@ -160,6 +159,6 @@ def spellings(
         seen.add(taken)
         if len(choices) < 64:
             for position in range(len(choices), len(taken)):
-                for option in range(1, speller.sizes[position]):
-                    pending.append([*taken[:position], option])
+                options = range(1, speller.sizes[position])
+                pending += [[*taken[:position], option] for option in options]
         yield speller.model(output)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 
-from fusenorm.passes.pattern import Casted, Const, Op, OneOf, Pattern, Reduce, Width
+from fusenorm.passes.pattern import Casted, Const, OneOf, Op, Pattern, Reduce, Width
 
 
 def add(a: Pattern, b: Pattern) -> Pattern:
@@ -86,9 +86,7 @@ def mean_square(a: Pattern, of: str) -> Pattern:
 
 def variance(a: Pattern, deviation: Pattern, of: str) -> Pattern:
     """mean((a - mean(a))²), where `deviation` is a - mean(a), or mean(a²) - mean(a)²."""
-    return one_of(
-        mean_square(deviation, of), sub(mean_square(a, of), square(mean(a, of)))
-    )
+    return one_of(mean_square(deviation, of), sub(mean_square(a, of), square(mean(a, of))))
 
 
 def centred(a: Pattern, of: str) -> Pattern:
@@ -120,11 +118,11 @@ def tanh_argument(x: Pattern) -> Pattern:
     """√(2/π)·(x + 0.044715·x³)."""
     coefficient = Const(0.044715)
     term = one_of(
-        mul(cube(x), coefficient), mul(mul(x, coefficient), square(x)), mul(mul(square(x), coefficient), x)
+        mul(cube(x), coefficient),
+        mul(mul(x, coefficient), square(x)),
+        mul(mul(square(x), coefficient), x),
     )
     scale = Const(math.sqrt(2 / math.pi))
     inner = add(term, x)
-    factored = add(
-        one_of(mul(square(x), coefficient), mul(mul(x, coefficient), x)), Const(1)
-    )
+    factored = add(one_of(mul(square(x), coefficient), mul(mul(x, coefficient), x)), Const(1))
     return one_of(mul(inner, scale), product(x, scale, factored))

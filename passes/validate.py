@@ -12,14 +12,13 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 import onnx
 import onnx_ir as ir
-from onnx.reference import ReferenceEvaluator
 
 from fusenorm.ops import parse
 from fusenorm.ops.spec import DOMAIN, DTYPE_OF_ONNX, DTYPES, DType
 from fusenorm.passes import facts
+from fusenorm.passes.evaluate import evaluate
 from fusenorm.passes.pattern import Refusal, node_name
 from fusenorm.passes.rewrite import Rewrite
-from fusenorm.passes.round_once import ROUND_ONCE
 
 # Largest |a-b| / max|row of a| allowed in float64. The source's constants carry half an epsilon
 # of its type; GELU's tail multiplies a relative error by up to x², about 100 on the rows below.
@@ -148,7 +147,7 @@ def _run(
             proto.op_type = spec.op_type
             functions[spec.op_type] = spec.function(opset)
         protos.append(proto)
-    return _evaluate(
+    return evaluate(
         protos,
         {**constants, **{name_of(value): array for value, array in feeds.items()}},
         [name_of(value) for value in outputs],
@@ -177,42 +176,10 @@ def _run_fused(
         [slot.name for slot in spec.inputs],
         [slot.name for slot in spec.outputs],
         domain=DOMAIN,
-        **{name: float(rewrite.attributes[name]) for name in spec.attributes},
     )
-    return _evaluate([node], arrays, list(node.output), [spec.function(opset)], opset)
-
-
-def _evaluate(
-    nodes: Sequence[onnx.NodeProto],
-    arrays: Mapping[str, np.ndarray],
-    outputs: Sequence[str],
-    functions: Iterable[onnx.FunctionProto],
-    opset: int,
-) -> list[np.ndarray]:
-    def info(name: str, array: np.ndarray | None) -> onnx.ValueInfoProto:
-        kind = onnx.TensorProto.FLOAT
-        if array is not None:
-            kind = onnx.helper.np_dtype_to_tensor_dtype(array.dtype)
-        return onnx.helper.make_tensor_value_info(name, kind, None)
-
-    graph = onnx.helper.make_graph(
-        list(nodes),
-        "check",
-        [info(name, array) for name, array in arrays.items()],
-        [info(name, None) for name in outputs],
-    )
-    model = onnx.helper.make_model(
-        graph,
-        functions=list(functions),
-        opset_imports=[
-            onnx.helper.make_opsetid("", opset),
-            onnx.helper.make_opsetid(DOMAIN, 1),
-        ],
-        ir_version=10,
-    )
-    narrow = any(array.dtype.itemsize == 2 for array in arrays.values())
-    with np.errstate(all="ignore"):
-        return ReferenceEvaluator(model, new_ops=ROUND_ONCE if narrow else None).run(None, dict(arrays))  # type: ignore[return-value]
+    for name in spec.attributes:
+        node.attribute.append(onnx.helper.make_attribute(name, float(rewrite.attributes[name])))
+    return evaluate([node], arrays, list(node.output), [spec.function(opset)], opset)
 
 
 def _difference(

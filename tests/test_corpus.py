@@ -24,9 +24,7 @@ def test_every_site_of_a_real_export_is_found(path: Path) -> None:
 
 
 @pytest.mark.kernel
-@pytest.mark.parametrize(
-    "path", list(corpus.files(corpus.COMPLETE)), ids=lambda path: path.name
-)
+@pytest.mark.parametrize("path", list(corpus.files(corpus.COMPLETE)), ids=lambda path: path.name)
 def test_the_artifact_computes_what_onnxruntime_does(path: Path, tmp_path: Path) -> None:
     folder = fusenorm.compile(path).save(tmp_path / "model.fnorm")
     recorded = {

@@ -81,9 +81,7 @@ ACTIVATIONS: dict[str, Activation] = {
     row.name: row
     for row in (
         Activation("identity", lambda body, x, dtype: x, lambda x: x, gated="Bilinear"),
-        Activation(
-            "sigmoid", lambda body, x, dtype: body.let("act", f"Sigmoid ({x})"), _sigmoid
-        ),
+        Activation("sigmoid", lambda body, x, dtype: body.let("act", f"Sigmoid ({x})"), _sigmoid),
         Activation(
             "relu",
             lambda body, x, dtype: body.let("act", f"Relu ({x})"),
@@ -150,7 +148,9 @@ class Gated(OpSpec):
 
     @property
     def tokens(self) -> tuple[str, ...]:
-        tokens = [self.activation] if self.layout != "none" or self.activation == "gelu_tanh" else []
+        tokens = (
+            [self.activation] if self.layout != "none" or self.activation == "gelu_tanh" else []
+        )
         tokens += [self.layout] if self.layout not in ("none", "pair") else []
         tokens += [self.dtype] if self.dtype != "f32" else []
         tokens += ["stepwise"] if self.precision == "storage" else []
@@ -212,7 +212,7 @@ class Gated(OpSpec):
             first, second = np.split(wide["x"], 2, axis=-1)
             gate, up = (first, second) if self.layout == "gate_up" else (second, first)
         else:
-            gate, up = wide.get("gate", wide.get("x")), wide.get("up", np.float64(1))
+            gate, up = wide["x" if self.layout == "none" else "gate"], wide.get("up", np.ones(()))
         return (self.row.numpy(gate, **attributes) * up,)
 
     def with_dtype(self, dtype: DType) -> Self:

@@ -57,7 +57,7 @@ class Norm(OpSpec):
 
     @property
     def tokens(self) -> tuple[str, ...]:
-        tokens = [self.dtype] if self.dtype != "f32" else []
+        tokens: list[str] = [self.dtype] if self.dtype != "f32" else []
         tokens += _slot_tokens("scale", self.scale, self.dtype)
         tokens += _slot_tokens("bias", self.bias, self.dtype)
         tokens += [flag for flag in ("alpha", "beta") if getattr(self, flag)]
@@ -72,9 +72,7 @@ class Norm(OpSpec):
         flags = (False, True)
         for centred, skip, dtype in itertools.product(flags, flags, ("f32", "f16", "bf16", "f64")):
             sums = itertools.product(flags, flags, flags) if skip else [(False, False, False)]
-            for (alpha, beta, layer_scale), affine in itertools.product(
-                sums, _affines(dtype)
-            ):
+            for (alpha, beta, layer_scale), affine in itertools.product(sums, _affines(dtype)):
                 base = cls(
                     centred,
                     skip,

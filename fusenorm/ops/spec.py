@@ -179,9 +179,7 @@ class OpSpec(abc.ABC):
         attributes = f"<{', '.join(self.attributes)}> " if self.attributes else ""
         signature = f"{self.op_type} {attributes}({head}) => ({tail})"
         lines = "\n".join(f"  {line}" for line in body.lines)
-        return (
-            f'<domain: "{DOMAIN}", opset_import: ["" : {opset}]>\n{signature}\n{{\n{lines}\n}}'
-        )
+        return f'<domain: "{DOMAIN}", opset_import: ["" : {opset}]>\n{signature}\n{{\n{lines}\n}}'
 
     def function(self, opset: int) -> onnx.FunctionProto:
         """The function body as a FunctionProto.

@@ -43,7 +43,12 @@ LN = """
 def _ln(**parts: object) -> str:
     text = LN
     for name, value in {
-        "keep": 1, "first": "last", "second": "last", "a": "x", "b": "mean", **parts
+        "keep": 1,
+        "first": "last",
+        "second": "last",
+        "a": "x",
+        "b": "mean",
+        **parts,
     }.items():
         text = text.replace("{" + name + "}", str(value))
     return text
@@ -51,10 +56,16 @@ def _ln(**parts: object) -> str:
 
 def _used(body: str, **extra: object) -> dict[str, np.ndarray]:
     pool = {**NUMBERS, **extra}
-    return {name: np.asarray(v) for name, v in pool.items() if name in body.replace("(", " ").replace(")", " ").replace(",", " ").split()}
+    return {
+        name: np.asarray(v)
+        for name, v in pool.items()
+        if name in body.replace("(", " ").replace(")", " ").replace(",", " ").split()
+    }
 
 
-@pytest.mark.parametrize("body", [_ln(keep=0), RMS.replace("keepdims=1", "keepdims=0").format(axes="last")])
+@pytest.mark.parametrize(
+    "body", [_ln(keep=0), RMS.replace("keepdims=1", "keepdims=0").format(axes="last")]
+)
 def test_01_keepdims_0_on_a_square_tensor(body: str) -> None:
     proto = model(body, "float[8,8] x", "float[8,8] y", constants=_used(body))
     report = same(proto, {"x": rows(8, 8)})
@@ -71,7 +82,9 @@ def test_02_swapped_subtraction_keeps_its_sign() -> None:
 def test_03_residual_into_layer_normalization_of_another_axis() -> None:
     body = "s = Add(x, r)\ny = LayerNormalization<axis=1>(s, gamma)"
     proto = model(
-        body, "float[2,8,8] x, float[2,8,8] r", "float[2,8,8] y",
+        body,
+        "float[2,8,8] x, float[2,8,8] r",
+        "float[2,8,8] y",
         constants={"gamma": np.tile(GAMMA, (8, 1)) + np.arange(8, dtype=np.float32)[:, None]},
     )
     report = same(proto, {"x": rows(2, 8, 8), "r": rows(2, 8, 8, seed=1)})
@@ -85,7 +98,9 @@ def test_04_scale_that_would_enlarge_x() -> None:
     report = same(
         model(body, "float[b,s,1] x", "float[b,s,2] y", constants=constants), {"x": rows(2, 3, 1)}
     )
-    assert all("scale" not in str(site.attributes["kind"]) or site.op == "RMSNorm" for site in report.sites)
+    assert all(
+        "scale" not in str(site.attributes["kind"]) or site.op == "RMSNorm" for site in report.sites
+    )
 
 
 def test_05_f16_island_with_f32_gamma_loads() -> None:
@@ -101,8 +116,11 @@ def test_05_f16_island_with_f32_gamma_loads() -> None:
 
 @pytest.mark.parametrize(
     ("body", "axis"),
-    [(RMS.format(axes="other"), 1), (RMS.format(axes="other"), -2),
-     (_ln(first="other", second="other"), -2)],
+    [
+        (RMS.format(axes="other"), 1),
+        (RMS.format(axes="other"), -2),
+        (_ln(first="other", second="other"), -2),
+    ],
 )
 def test_06_norm_over_another_axis(body: str, axis: int) -> None:
     constants = _used(body, other=np.array([axis], np.int64))
@@ -130,7 +148,11 @@ def test_08_default_epsilon_of_layer_normalization_is_1e_5() -> None:
 def test_09_statistics_outputs_used_elsewhere() -> None:
     body = "s = Add(x, r)\ny, m = LayerNormalization(s, gamma)\nt = Add(y, m)"
     proto = model(
-        body, "float[b,s,8] x, float[b,s,8] r", "float[b,s,8] t", constants={"gamma": GAMMA}, opset=17
+        body,
+        "float[b,s,8] x, float[b,s,8] r",
+        "float[b,s,8] t",
+        constants={"gamma": GAMMA},
+        opset=17,
     )
     report = same(proto, {"x": rows(2, 3, 8), "r": rows(2, 3, 8, seed=1)})
     assert fused_ops(report) == []
@@ -146,7 +168,9 @@ def test_10_norm_inside_an_if_branch() -> None:
       >
     """
     proto = model(
-        body, "float[b,s,8] x, bool flag", constants={**_used(inner)},
+        body,
+        "float[b,s,8] x, bool flag",
+        constants={**_used(inner)},
     )
     for flag in (True, False):
         report = same(proto, {"x": rows(2, 3, 8), "flag": np.array(flag)})

@@ -9,7 +9,7 @@ import pytest
 from fusenorm.passes import RULES
 from fusenorm.passes.rewrite import Rule
 from fusenorm.passes.speller import Speller, spellings
-from tests.graphs import fused, run, rows
+from tests.graphs import fused, rows, run
 
 EXPECTED = {
     "layer_norm": "LayerNorm",

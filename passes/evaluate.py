@@ -1,0 +1,60 @@
+"""A handful of nodes on arrays: constant folding and the proofs of rewrites run on this."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+import onnx
+from onnx.reference import ReferenceEvaluator
+
+from fusenorm.ops.spec import DOMAIN
+from fusenorm.passes.round_once import ROUND_ONCE
+
+
+def evaluate(
+    nodes: Sequence[onnx.NodeProto],
+    arrays: Mapping[str, np.ndarray],
+    outputs: Sequence[str],
+    functions: Iterable[onnx.FunctionProto],
+    opset: int,
+) -> list[np.ndarray]:
+    """Run a few nodes on arrays with ONNX's reference implementation.
+
+    Args:
+        nodes: in an order they can run in.
+        arrays: value name to array, everything the nodes read from outside.
+        outputs: names of the values to return.
+        functions: bodies of the nodes that are functions.
+        opset: of the standard domain.
+
+    Returns:
+        One array for each of `outputs`.
+    """
+
+    def info(name: str, array: np.ndarray | None) -> onnx.ValueInfoProto:
+        kind = onnx.TensorProto.FLOAT
+        if array is not None:
+            kind = onnx.helper.np_dtype_to_tensor_dtype(array.dtype)
+        return onnx.helper.make_tensor_value_info(name, kind, None)
+
+    graph = onnx.helper.make_graph(
+        list(nodes),
+        "check",
+        [info(name, array) for name, array in arrays.items()],
+        [info(name, None) for name in outputs],
+    )
+    model = onnx.helper.make_model(
+        graph,
+        functions=list(functions),
+        opset_imports=[
+            onnx.helper.make_opsetid("", opset),
+            onnx.helper.make_opsetid(DOMAIN, 1),
+        ],
+        ir_version=10,
+    )
+    narrow = any(array.dtype.itemsize == 2 for array in arrays.values())
+    with np.errstate(all="ignore"):
+        return ReferenceEvaluator(model, new_ops=ROUND_ONCE if narrow else None).run(
+            None, dict(arrays)
+        )  # type: ignore[return-value]

@@ -1,0 +1,168 @@
+"""Which ops, shapes and values kernels are tested on, and what their results must equal."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+
+import numpy as np
+import onnx
+import torch
+
+from fusenorm.kernels import RowProgram, row_program, supports
+from fusenorm.ops import DTYPES, FAMILIES, DType, OpSpec
+
+ATTRIBUTES = {"epsilon": 1e-5, "alpha": 1.7, "beta": 0.8}
+FILLS = ("normal", "large mean", "constant", "largest", "nan")
+BODY_OPSET = 18
+
+
+def columns(lanes: int) -> tuple[int, ...]:
+    """Row lengths around a vector's width, and some others."""
+    return (1, lanes - 1, lanes, lanes + 1, 2 * lanes - 1, 64, 1000)
+
+
+def supported() -> Iterator[OpSpec]:
+    for family in FAMILIES:
+        for spec in family.variants():
+            if supports(spec) is None:
+                yield spec
+
+
+def pairwise() -> list[OpSpec]:
+    """Few ops that show every pair of field values some op has."""
+    chosen: list[OpSpec] = []
+    seen: set[object] = set()
+    for spec in supported():
+        fields = [(type(spec), name, value) for name, value in dataclasses.asdict(spec).items()]
+        pairs = set(itertools.combinations(fields, 2))
+        if not pairs <= seen:
+            seen |= pairs
+            chosen.append(spec)
+    return chosen
+
+
+def attributes(spec: OpSpec) -> dict[str, float]:
+    return {name: ATTRIBUTES[name] for name in spec.attributes}
+
+
+def inputs(spec: OpSpec, rows: int, width: int, fill: str) -> dict[str, np.ndarray]:
+    """Arrays by input name: [rows, width], packed [rows, 2·width], vectors [width]."""
+    random = np.random.default_rng([rows, width, FILLS.index(fill)])
+    made = {}
+    for slot in spec.inputs:
+        info = DTYPES[slot.dtype]
+        if slot.layout == "vector":
+            made[slot.name] = random.uniform(0.5, 1.5, width).astype(info.numpy)
+            continue
+        shape = (rows, width * (2 if slot.layout == "packed" else 1))
+        values = random.standard_normal(shape)
+        if fill == "large mean":
+            values += 1000.0 if slot.dtype == "f32" else 20.0
+        elif fill == "constant":
+            values[:] = 3.25
+        elif fill == "largest":
+            values = np.sign(values) * (60000.0 if slot.dtype == "f16" else 1e18)
+        elif fill == "nan" and values.size:
+            values[0, 0] = np.nan
+        made[slot.name] = values.astype(info.numpy)
+    return made
+
+
+def misaligned(array: np.ndarray) -> np.ndarray:
+    """The same values one element past a 64-byte boundary."""
+    raw = np.empty(array.nbytes + 64 + array.itemsize, np.uint8)
+    start = -raw.ctypes.data % 64 + array.itemsize
+    view = raw[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+    view[...] = array
+    return view
+
+
+def evaluate(spec: OpSpec, values: dict[str, np.ndarray]) -> tuple[np.ndarray, ...]:
+    """The body node by node: 16-bit values computed in f32 and rounded, f32 ones in float64."""
+    known: dict[str, np.ndarray] = dict(values)
+    numbers = attributes(spec)
+    with np.errstate(all="ignore"):
+        for node in spec.function(BODY_OPSET).node:
+            results = _node(node, known, numbers)
+            known.update(zip(node.output, results, strict=True))
+    return tuple(known[slot.name] for slot in spec.outputs)
+
+
+def _node(
+    node: onnx.NodeProto, known: dict[str, np.ndarray], numbers: dict[str, float]
+) -> tuple[np.ndarray, ...]:
+    reads = [known[name] for name in node.input]
+    given = {item.name: onnx.helper.get_attribute_value(item) for item in node.attribute}
+    if node.op_type == "Constant":
+        item = node.attribute[0]
+        if item.ref_attr_name:
+            return (np.float32(numbers[item.ref_attr_name]),)
+        return (np.asarray(given[item.name], np.float32 if item.name == "value_float" else int),)
+    if node.op_type == "Cast":
+        target = onnx.helper.tensor_dtype_to_np_dtype(given["to"])
+        return (np.asarray(reads[0]).astype(target),)
+    if node.op_type == "Split":
+        return tuple(np.split(reads[0], 2, axis=-1))
+    if node.op_type == "Slice":
+        return (reads[0][..., int(reads[1][0]) :: int(reads[4][0])],)
+    dtype = np.asarray(reads[0]).dtype
+    wide = np.float64 if dtype.itemsize == 4 else np.float32
+    return (np.asarray(_OPS[node.op_type](*(np.asarray(r).astype(wide) for r in reads))).astype(dtype),)
+
+
+_OPS = {
+    "Add": np.add,
+    "Sub": np.subtract,
+    "Mul": np.multiply,
+    "Sqrt": np.sqrt,
+    "Reciprocal": lambda x: 1 / x,
+    "Identity": lambda x: x,
+    "Relu": lambda x: np.maximum(x, 0),
+    "Tanh": np.tanh,
+    "Sigmoid": lambda x: 1 / (1 + np.exp(-x)),
+    "Erf": lambda x: torch.erf(torch.from_numpy(np.ascontiguousarray(x))).numpy(),
+    "ReduceMean": lambda x, axes: x.astype(np.float64).mean(-1, keepdims=True),
+}
+
+
+def f32_bound(spec: OpSpec, values: dict[str, np.ndarray], reference: np.ndarray) -> np.ndarray:
+    """4·eps·(1 + |mean|/std)·(scale of y), per row (SEMANTICS §3)."""
+    scale = np.maximum(1.0, np.nanmax(np.abs(reference), axis=-1, keepdims=True, initial=0))
+    spread = 1.0
+    if "epsilon" in spec.attributes:
+        # The sum before the norm is a sum of rows of the same kind.
+        rows = [values[slot.name].astype(np.float64) for slot in spec.inputs if slot.layout == "row"]
+        total = sum(2 * np.abs(row) for row in rows)
+        parts = spec.reference(values, attributes(spec))
+        s = parts[1] if len(parts) == 2 else rows[0]
+        deviation = np.sqrt(s.var(-1, keepdims=True) + ATTRIBUTES["epsilon"])
+        if not getattr(spec, "centred", False):
+            deviation = np.sqrt(np.square(s).mean(-1, keepdims=True) + ATTRIBUTES["epsilon"])
+        spread = 1 + total.max(-1, keepdims=True, initial=0) / deviation
+    return 4 * np.finfo(np.float32).eps * spread * scale
+
+
+def rounding_points(spec: OpSpec) -> int:
+    """How often the body rounds to 16 bits."""
+    program: RowProgram = row_program(spec)
+    return sum(
+        node.rounds and program.values[name].kind != "attribute" and _narrow(program, name)
+        for name, node in program.nodes.items()
+    )
+
+
+def _narrow(program: RowProgram, name: str) -> bool:
+    narrow: tuple[DType, ...] = ("f16", "bf16")
+    return program.values[name].dtype in narrow
+
+
+def ulps(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Distance in representable 16-bit numbers; 0 where both are NaN."""
+    ordered = []
+    for array in (a, b):
+        bits = array.view(np.int16).astype(np.int32)
+        ordered.append(np.where(bits < 0, -(bits & 0x7FFF), bits))
+    both_nan = np.isnan(a.astype(np.float32)) & np.isnan(b.astype(np.float32))
+    return np.where(both_nan, 0, np.abs(ordered[0] - ordered[1]))

@@ -21,7 +21,7 @@ from fusenorm.passes.pattern import (
     Var,
     node_name,
 )
-from fusenorm.passes.rewrite import Check, Rewrite, RewritePass, Rule
+from fusenorm.passes.rewrite import Check, Rewrite, RewritePass, Rule, root_key
 from fusenorm.passes.spelling import add, mul, one_of
 
 
@@ -131,7 +131,7 @@ class FuseResidual(Rule):
     op = "SkipNorm"
     roots = frozenset(
         {"LayerNormalization", "RMSNormalization"}
-        | {spec.op_type for spec in Norm.variants() if not spec.skip}
+        | {root_key(DOMAIN, spec.op_type) for spec in Norm.variants() if not spec.skip}
     )
 
     @functools.cached_property

@@ -64,6 +64,11 @@ class Rule(abc.ABC):
     """One fusion. The class docstring is its documentation (`fusenorm rules NAME`).
 
     Sections, in this order: What it matches, Formula, Numerics, Refuses, References.
+
+    Attributes:
+        name: how reports and the command line call it.
+        op: the op its sites are reported as when they are refused.
+        roots: the operators a match can end in, as `root_key` names them.
     """
 
     name: ClassVar[str]
@@ -113,6 +118,11 @@ def first_accepted(
     return nearest
 
 
+def root_key(domain: str, op_type: str) -> str:
+    """How `Rule.roots` names an operator: bare in the standard domain."""
+    return f"{domain}::{op_type}" if domain else op_type
+
+
 class RewritePass(ir.passes.InPlacePass):
     """Runs rules over every graph of a model, from outputs to inputs, largest match first.
 
@@ -147,7 +157,7 @@ class RewritePass(ir.passes.InPlacePass):
 
     def _visit(self, model: ir.Model, node: ir.Node, opset: int) -> bool:
         for rule in self.rules:
-            if node.op_type not in rule.roots or self.budget[0] <= 0:
+            if root_key(node.domain, node.op_type) not in rule.roots or self.budget[0] <= 0:
                 continue
             proposal = rule.propose(node)
             if isinstance(proposal, Rewrite):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import onnx_ir as ir
@@ -27,9 +28,11 @@ def export_module(module: Any, args: tuple[Any, ...], dynamic_shapes: Any = None
     if not isinstance(module, torch.nn.Module):
         raise BadInput(f"cannot optimize a {type(module).__name__}: give a path, model or module")
     try:
-        program = torch.onnx.export(
-            module.eval(), args, dynamo=True, dynamic_shapes=dynamic_shapes, verbose=False
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the exporter warns about itself
+            program = torch.onnx.export(
+                module.eval(), args, dynamo=True, dynamic_shapes=dynamic_shapes, verbose=False
+            )
     except torch.onnx.errors.OnnxExporterError as error:
         raise BadInput(f"torch cannot export {type(module).__name__}: {error}") from error
     assert program is not None

@@ -60,9 +60,7 @@ def compile_functions(functions: Mapping[str, Any], target: Mapping[str, object]
     """A TVM module of PrimFuncs by symbol, free of calls into TVM's runtime."""
     config = {"tirx.disable_assert": True, "tirx.disable_storage_rewrite": True}
     with tvm.transform.PassContext(config=config):
-        return tvm.tirx.build(
-            tvm.IRModule(dict(functions)), target=tvm.target.Target(dict(target))
-        )
+        return tvm.tirx.build(tvm.IRModule(dict(functions)), target=tvm.target.Target(dict(target)))
 
 
 def _align(slot: Slot) -> int:
@@ -96,7 +94,7 @@ def _widen(lanes: Lanes, dtype: DType, stored: Expr) -> Expr:
     if dtype == "f16":
         return lanes.cast("float32", stored)
     if dtype == "bf16":
-        return lanes.float(lanes.shift_left(lanes.cast("uint32", stored), 16))
+        return lanes.from_bits(lanes.shift_left(lanes.cast("uint32", stored), 16))
     return stored
 
 
@@ -114,7 +112,7 @@ def _round(lanes: Lanes, dtype: DType, value: Expr) -> Expr:
     if dtype == "f16":
         return T.bind(lanes.cast("float32", T.bind(lanes.cast("float16", value))))
     if dtype == "bf16":
-        return lanes.float(_bf16_bits(lanes, value))
+        return lanes.from_bits(_bf16_bits(lanes, value))
     return value
 
 
@@ -132,9 +130,9 @@ class _Block:
     """`lanes` elements from column `at` of row `row` (None: flat); `mask` in the tail."""
 
     lanes: Lanes
-    row: Expr | None
+    row: Expr
     at: Expr
-    rest: Expr | None = None
+    rest: Expr = None
 
     def mask(self, first: int = 0, scale: int = 1) -> Expr:
         """Lanes `first`… of `scale`·`rest` valid ones."""
@@ -281,7 +279,7 @@ class _Emitter:
             T.evaluate(T.masked_store(buffer, stored, *index, block.mask()))
 
     def sweep(
-        self, row: Expr | None, begin: Expr, end: Expr, unroll: int, body: Callable[..., None]
+        self, row: Expr, begin: Expr, end: Expr, unroll: int, body: Callable[..., None]
     ) -> None:
         """`body(block, u)` over the columns [begin, end): u-fold unrolled, single, masked tail."""
         width = self.lanes.count
@@ -402,7 +400,9 @@ class _RowEmitter(_Emitter):
         self.sweep(row, T.int64(0), self.columns(), _ACCUMULATORS, body)
         for reduction in level:
             total = self._total(self.accumulators[reduction.output])
-            self.scalars[reduction.output] = T.bind(total / T.cast(self.columns(), "float32"))
+            mean = _SCALAR.let(total / T.cast(self.columns(), "float32"))
+            dtype = self.program.values[reduction.output].dtype
+            self.scalars[reduction.output] = _SCALAR.let(_round(_SCALAR, dtype, mean))
 
     def _total(self, accumulator: Any) -> Expr:
         """Sum of all lanes, as a tree of halves."""

@@ -25,6 +25,8 @@ _TRANSCENDENTAL = {"Sigmoid": 1, "Erf": 1, "Tanh": 1}
 _EXACT = {"Identity": 1, "Neg": 1, "Relu": 1, "Max": 2, "Min": 2, "Cast": 1}
 _ARITY = {**_ROUNDING, **_TRANSCENDENTAL, **_EXACT}
 
+_DTYPE_OF_CAST = {int(number): dtype for number, dtype in DTYPE_OF_ONNX.items()}
+
 BODY_OPSET = 18
 
 
@@ -61,7 +63,7 @@ class Node:
 
 @dataclasses.dataclass(frozen=True)
 class Reduction:
-    """`output` = mean over the row of `input`."""
+    """`output` = mean over the row of `input`, summed in f32."""
 
     input: str
     output: str
@@ -212,7 +214,7 @@ class _Reader:
         reads = [self.values[name] for name in proto.input]
         name, dtype = proto.output[0], reads[0].dtype
         if proto.op_type == "Cast":
-            dtype = DTYPE_OF_ONNX[onnx_type(proto)]
+            dtype = _DTYPE_OF_CAST[_cast_target(proto)]
             if reads[0].literal is not None:
                 rounded = float(np.asarray(reads[0].literal).astype(DTYPES[dtype].numpy))
                 self._define(Value(name, dtype, "literal", rounded), 0)
@@ -226,7 +228,7 @@ class _Reader:
     def _mean(self, proto: onnx.NodeProto) -> None:
         read = self.values[proto.input[0]]
         axes = self.integers.get(proto.input[1]) if len(proto.input) > 1 else None
-        if axes != (-1,) or read.kind != "element" or read.dtype != "f32":
+        if axes != (-1,) or read.kind != "element":
             raise self._unknown(proto)
         name, level = proto.output[0], self.depth[read.name]
         while len(self.levels) <= level:
@@ -255,6 +257,6 @@ class _Reader:
         self._define(Value(name, self.packed[view.source].dtype, "element"), 0)
 
 
-def onnx_type(proto: onnx.NodeProto) -> int:
+def _cast_target(proto: onnx.NodeProto) -> int:
     """The `to` of a Cast."""
     return next(int(item.i) for item in proto.attribute if item.name == "to")

@@ -12,7 +12,9 @@ from fusenorm.ops import DTYPES, FAMILIES, OpSpec, Slot
 def table(specs: Sequence[OpSpec], target: Target) -> str:
     """The text of fusenorm_table.h."""
     names = [name for spec in specs for name in symbols(spec)]
-    known = sorted({name for family in FAMILIES for s in family.variants() for name in s.attributes})
+    known = sorted(
+        {name for family in FAMILIES for s in family.variants() for name in s.attributes}
+    )
     declarations = "\n".join(
         f"extern int __tvm_ffi_{name}(void*, const Argument*, int32_t, Argument*);"
         for name in names
@@ -44,6 +46,4 @@ def _row(spec: OpSpec) -> str:
 
 def _slot(slot: Slot) -> str:
     info = DTYPES[slot.dtype]
-    return (
-        f'{{"{slot.name}", {int(info.onnx)}, {info.numpy.itemsize}, {slot.layout.upper()}}}'
-    )
+    return f'{{"{slot.name}", {int(info.onnx)}, {info.numpy.itemsize}, {slot.layout.upper()}}}'

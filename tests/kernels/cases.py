@@ -94,7 +94,11 @@ def _node(
     node: onnx.NodeProto, known: dict[str, np.ndarray], numbers: dict[str, float]
 ) -> tuple[np.ndarray, ...]:
     reads = [known[name] for name in node.input]
-    given = {item.name: onnx.helper.get_attribute_value(item) for item in node.attribute}
+    given = {
+        item.name: onnx.helper.get_attribute_value(item)
+        for item in node.attribute
+        if not item.ref_attr_name
+    }
     if node.op_type == "Constant":
         item = node.attribute[0]
         if item.ref_attr_name:
@@ -109,13 +113,16 @@ def _node(
         return (reads[0][..., int(reads[1][0]) :: int(reads[4][0])],)
     dtype = np.asarray(reads[0]).dtype
     wide = np.float64 if dtype.itemsize == 4 else np.float32
-    return (np.asarray(_OPS[node.op_type](*(np.asarray(r).astype(wide) for r in reads))).astype(dtype),)
+    return (
+        np.asarray(_OPS[node.op_type](*(np.asarray(r).astype(wide) for r in reads))).astype(dtype),
+    )
 
 
 _OPS = {
     "Add": np.add,
     "Sub": np.subtract,
     "Mul": np.multiply,
+    "Div": np.divide,
     "Sqrt": np.sqrt,
     "Reciprocal": lambda x: 1 / x,
     "Identity": lambda x: x,
@@ -133,7 +140,9 @@ def f32_bound(spec: OpSpec, values: dict[str, np.ndarray], reference: np.ndarray
     spread = 1.0
     if "epsilon" in spec.attributes:
         # The sum before the norm is a sum of rows of the same kind.
-        rows = [values[slot.name].astype(np.float64) for slot in spec.inputs if slot.layout == "row"]
+        rows = [
+            values[slot.name].astype(np.float64) for slot in spec.inputs if slot.layout == "row"
+        ]
         total = sum(2 * np.abs(row) for row in rows)
         parts = spec.reference(values, attributes(spec))
         s = parts[1] if len(parts) == 2 else rows[0]

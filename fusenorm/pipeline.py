@@ -19,6 +19,7 @@ from fusenorm.errors import BadInput
 from fusenorm.model_io import check_operators, check_versions, load_model, save_model, sort_graphs
 from fusenorm.ops import DOMAIN, OpSpec, parse
 from fusenorm.passes.canonicalize import Canonicalize, Cleanup
+from fusenorm.passes.expose_residual import ExposeResidual
 from fusenorm.passes.fuse_activation import FuseActivation
 from fusenorm.passes.fuse_glu import FuseGatedUnit
 from fusenorm.passes.fuse_norm import FuseNorm
@@ -77,6 +78,7 @@ def passes(options: Options) -> list[ir.passes.PassBase]:
     return [
         Canonicalize(),
         FuseNorm(check, budget),
+        ExposeResidual(),
         FuseResidualNorm(check, budget),
         FuseActivation(check, budget),
         FuseGatedUnit(check, budget),

@@ -6,6 +6,7 @@ if __name__ != "fusenorm.passes":
     raise ImportError(f"import fusenorm.passes, not {__name__}")
 
 from fusenorm.passes.canonicalize import Canonicalize, Cleanup
+from fusenorm.passes.expose_residual import ExposeResidual
 from fusenorm.passes.fuse_activation import FuseActivation, FuseGelu, FuseGeluTanh, FuseSwish
 from fusenorm.passes.fuse_glu import FuseGatedUnit, FuseGLU
 from fusenorm.passes.fuse_norm import FuseLayerNorm, FuseNorm, FuseRMSNorm
@@ -27,6 +28,7 @@ __all__ = [
     "RULES",
     "Canonicalize",
     "Cleanup",
+    "ExposeResidual",
     "FuseActivation",
     "FuseGatedUnit",
     "FuseNorm",

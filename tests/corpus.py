@@ -26,12 +26,17 @@ COMPLETE = (
 
 @dataclasses.dataclass(frozen=True)
 class Counts:
-    """Sites of one model: norms in all, those behind a residual sum, activations, GLUs."""
+    """Sites of one model: norms in all, those behind a residual sum, activations, GLUs.
+
+    `plain` are the functions that make an activation elsewhere but here stand for themselves,
+    such as the tanh of a soft cap: candidates that must be refused.
+    """
 
     norm: int
     skip: int
     activation: int
     glu: int
+    plain: int
 
 
 def available() -> bool:
@@ -59,11 +64,12 @@ def truth(path: Path) -> Counts:
         skip=total("add_norm:res:unique_sums", "add_norm:emb"),
         activation=total("act:gelu", "act:silu", "act:quickgelu"),
         glu=total("gated:"),
+        plain=total("act:tanh"),
     )
 
 
 def found(report: Report) -> Counts:
-    """What the report says is fused or native."""
+    """What the report says: fused or native sites by kind, and the refused ones."""
     ops = collections.Counter(site.op for site in report.sites if site.status != "refused")
     skip = ops["SkipLayerNorm"] + ops["SkipRMSNorm"]
     return Counts(
@@ -71,12 +77,13 @@ def found(report: Report) -> Counts:
         skip=skip,
         activation=ops["Gelu"] + ops["Swish"],
         glu=ops["GLU"],
+        plain=sum(site.status == "refused" for site in report.sites),
     )
 
 
 def table(paths: Iterator[Path]) -> Iterator[str]:
-    """Markdown: truth and found as norm/skip/activation/GLU, then the statuses."""
-    yield "| file | truth n/s/a/g | found n/s/a/g | fused | native | refused |"
+    """Markdown: truth and found as norm/skip/activation/GLU/plain, then the statuses."""
+    yield "| file | truth n/s/a/g/p | found n/s/a/g/p | fused | native | refused |"
     yield "|---|---|---|---|---|---|"
     for path in paths:
         report = fusenorm.optimize(path).report

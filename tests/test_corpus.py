@@ -16,11 +16,10 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("path", list(corpus.files(corpus.COMPLETE)), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", list(corpus.files()), ids=lambda path: path.name)
 def test_every_site_of_a_real_export_is_found(path: Path) -> None:
     report = fusenorm.optimize(path).report
     assert corpus.found(report) == corpus.truth(path)
-    assert [site for site in report.sites if site.status == "refused"] == []
 
 
 @pytest.mark.kernel

@@ -80,14 +80,17 @@ def misaligned(array: np.ndarray) -> np.ndarray:
 
 
 def evaluate(spec: OpSpec, values: dict[str, np.ndarray]) -> tuple[np.ndarray, ...]:
-    """The body node by node: 16-bit values computed in f32 and rounded, f32 ones in float64."""
-    known: dict[str, np.ndarray] = dict(values)
+    """The body node by node: 16-bit values computed in f32 and rounded, f32 ones kept in float64.
+
+    f32 may be contracted (x·α + y rounds once), so its roundings are no part of the meaning.
+    """
+    known = {name: _wide(array) for name, array in values.items()}
     numbers = attributes(spec)
     with np.errstate(all="ignore"):
         for node in spec.function(BODY_OPSET).node:
             results = _node(node, known, numbers)
             known.update(zip(node.output, results, strict=True))
-    return tuple(known[slot.name] for slot in spec.outputs)
+    return tuple(known[slot.name].astype(DTYPES[slot.dtype].numpy) for slot in spec.outputs)
 
 
 def _node(
@@ -102,20 +105,25 @@ def _node(
     if node.op_type == "Constant":
         item = node.attribute[0]
         if item.ref_attr_name:
-            return (np.float32(numbers[item.ref_attr_name]),)
-        return (np.asarray(given[item.name], np.float32 if item.name == "value_float" else int),)
+            return (_wide(np.float32(numbers[item.ref_attr_name])),)
+        if item.name == "value_float":
+            return (_wide(np.float32(given[item.name])),)
+        return (np.asarray(given[item.name]),)
     if node.op_type == "Cast":
         target = onnx.helper.tensor_dtype_to_np_dtype(given["to"])
-        return (np.asarray(reads[0]).astype(target),)
+        return (_wide(reads[0].astype(target) if target.itemsize == 2 else reads[0]),)
     if node.op_type == "Split":
         return tuple(np.split(reads[0], 2, axis=-1))
     if node.op_type == "Slice":
         return (reads[0][..., int(reads[1][0]) :: int(reads[4][0])],)
-    dtype = np.asarray(reads[0]).dtype
-    wide = np.float64 if dtype.itemsize == 4 else np.float32
-    return (
-        np.asarray(_OPS[node.op_type](*(np.asarray(r).astype(wide) for r in reads))).astype(dtype),
-    )
+    dtype = reads[0].dtype
+    wide = np.float32 if dtype.itemsize == 2 else np.float64
+    return (np.asarray(_OPS[node.op_type](*(read.astype(wide) for read in reads))).astype(dtype),)
+
+
+def _wide(array: np.ndarray) -> np.ndarray:
+    """16-bit arrays as they are, f32 as float64."""
+    return np.asarray(array) if array.dtype.itemsize == 2 else np.asarray(array, np.float64)
 
 
 _OPS = {

@@ -21,7 +21,7 @@ from fusenorm.passes import (
 )
 from fusenorm.passes.pattern import Refusal
 from fusenorm.passes.rewrite import Rewrite
-from tests.graphs import fused_ops, model, rows, run
+from tests.graphs import fused_ops, model, rows, run, same
 
 BODY = """
   s = Add(x, r)
@@ -160,3 +160,42 @@ def test_names_and_metadata_are_kept(block: onnx.ModelProto) -> None:
     assert len(norm.metadata_props["fusenorm.source"].split("\n")) == 7
     assert norm.outputs[0].name == "h"
     assert swish.metadata_props["fusenorm.rule"] == "swish"
+
+
+def test_a_reshape_between_the_sum_and_its_norm() -> None:
+    body = """
+      s = Add(x, r)
+      flat = Reshape(s, shape)
+      n = LayerNormalization(flat, gamma)
+      y = Add(n, flat)
+    """
+    constants = {"gamma": CONSTANTS["gamma"], "shape": np.array([-1, 8], np.int64)}
+    proto = model(body, "float[b,s,8] x, float[b,s,8] r", "float[n,8] y", constants=constants)
+    report = same(proto, {"x": rows(2, 3, 8), "r": rows(2, 3, 8, seed=1)})
+    assert fused_ops(report) == ["SkipLayerNorm"]
+
+
+def test_a_reshape_that_changes_the_rows_stays() -> None:
+    body = "s = Add(x, r)\nflat = Reshape(s, shape)\ny = LayerNormalization(flat, gamma)"
+    constants = {"gamma": np.ones(4, np.float32), "shape": np.array([-1, 4], np.int64)}
+    proto = model(body, "float[b,s,8] x, float[b,s,8] r", "float[n,4] y", constants=constants)
+    report = same(proto, {"x": rows(2, 3, 8), "r": rows(2, 3, 8, seed=1)})
+    assert [site.status for site in report.sites] == ["native"]
+
+
+@pytest.mark.parametrize(("second", "expected"), [([0, 3, 1, 2], "fused"), ([0, 2, 3, 1], "native")])
+def test_transposes_around_the_sum(second: list[int], expected: str) -> None:
+    body = f"""
+      rt = Transpose<perm = {second}>(r)
+      s = Add(x, rt)
+      t = Transpose<perm = [0, 2, 3, 1]>(s)
+      y = LayerNormalization(t, gamma)
+    """
+    proto = model(
+        body,
+        "float[2,8,8,8] x, float[2,8,8,8] r",
+        "float[2,8,8,8] y",
+        constants={"gamma": CONSTANTS["gamma"]},
+    )
+    report = same(proto, {"x": rows(2, 8, 8, 8), "r": rows(2, 8, 8, 8, seed=1)})
+    assert [site.status for site in report.sites] == [expected]

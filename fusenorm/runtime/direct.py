@@ -1,0 +1,173 @@
+"""Call the kernels of an ops library on arrays, without onnxruntime and without TVM.
+
+>>> kernels = open_library("fusenorm_ops.so")  # doctest: +SKIP
+>>> y, s = kernels["SkipRMSNorm"](x, skip, scale, epsilon=1e-5)  # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tvm_ffi
+
+from fusenorm.errors import BadInput
+from fusenorm.ops import DTYPES, OpSpec, Slot, parse
+
+_DLPACK_NAMES = {"f16": "float16", "bf16": "bfloat16", "f32": "float32"}
+
+
+def open_library(path: str | os.PathLike[str]) -> Kernels:
+    """Load a library made by `fusenorm.lower.build_library`.
+
+    The caller must know that this CPU has the features the library was built for.
+
+    Raises:
+        BadInput: there is no such file, or it cannot be loaded.
+    """
+    resolved = Path(path).resolve()
+    if not resolved.exists():
+        raise BadInput("no such library", file=path)
+    try:
+        return Kernels(resolved, tvm_ffi.load_module(os.fspath(resolved)))
+    except (OSError, RuntimeError) as error:
+        raise BadInput(f"cannot be loaded: {error}", file=path) from error
+
+
+class Kernels:
+    """The ops of one library, by op_type."""
+
+    def __init__(self, path: Path, module: Any) -> None:
+        self.path = path
+        self._module = module
+
+    def __getitem__(self, op_type: str) -> Op:
+        """The op.
+
+        Raises:
+            KeyError: no such op is declared, or the library was built without it.
+        """
+        spec = parse(op_type)
+        if spec is None:
+            raise KeyError(f"no fused op is called {op_type}")
+        names = [f"fusenorm_{op_type}", f"fusenorm_{op_type}__nosum"][: len(spec.outputs)]
+        try:
+            functions = [self._module.get_function(name) for name in names]
+        except (AttributeError, RuntimeError) as error:
+            raise KeyError(f"{self.path.name} has no kernel for {op_type}") from error
+        return Op(spec, functions[0], functions[-1])
+
+
+@dataclasses.dataclass(frozen=True)
+class Op:
+    """One fused op, callable on C-contiguous CPU arrays: numpy or anything with DLPack.
+
+    Attributes:
+        spec: its declaration.
+    """
+
+    spec: OpSpec
+    _kernel: Callable[..., object]
+    _without_sum: Callable[..., object]
+
+    def __call__(
+        self, *inputs: Any, with_sum: bool = True, **attributes: float
+    ) -> np.ndarray | tuple[np.ndarray, ...]:
+        """Compute the op.
+
+        Args:
+            inputs: [..., D] for rows (all of one shape), [D] for vectors, [..., 2D] packed.
+            with_sum: whether the second output, where there is one, is made too.
+            attributes: every float attribute of the op.
+
+        Returns:
+            The output, or the outputs if there are two; numpy arrays [..., D].
+
+        Raises:
+            TypeError: the number of inputs, an attribute or a dtype is wrong.
+            ValueError: a shape is wrong, or an input is not contiguous or not on the CPU.
+        """
+        if len(inputs) != len(self.spec.inputs):
+            names = ", ".join(slot.name for slot in self.spec.inputs)
+            raise TypeError(f"{self.spec.op_type} takes {names}; {len(inputs)} inputs were given")
+        if set(attributes) != set(self.spec.attributes):
+            wanted = ", ".join(self.spec.attributes) or "none"
+            raise TypeError(f"{self.spec.op_type} takes these attributes, all of them: {wanted}")
+        named = list(zip(self.spec.inputs, inputs, strict=True))
+        arrays = {slot.name: _array(slot, value) for slot, value in named}
+        shape = self._shape(arrays)
+        outputs = self.spec.outputs if with_sum else self.spec.outputs[:1]
+        results = [np.empty(shape, DTYPES[slot.dtype].numpy) for slot in outputs]
+        columns = shape[-1]
+        rows = math.prod(shape[:-1])
+        if rows and columns:
+            function = self._kernel if with_sum else self._without_sum
+            function(
+                *(_flat(slot, arrays[slot.name], rows) for slot in self.spec.inputs),
+                *(_flat(slot, result, rows) for slot, result in zip(outputs, results, strict=True)),
+                0,
+                rows,
+                *(float(attributes[name]) for name in self.spec.attributes),
+            )
+        return tuple(results) if len(self.spec.outputs) == 2 else results[0]
+
+    def _shape(self, arrays: dict[str, np.ndarray]) -> tuple[int, ...]:
+        """The outputs' shape, after checking the inputs against one another."""
+        first = self.spec.inputs[0]
+        shape = tuple(arrays[first.name].shape)
+        if not shape:
+            raise ValueError(f"'{first.name}' is a scalar: it needs a last axis")
+        if first.layout == "packed":
+            if shape[-1] % 2:
+                raise ValueError(f"'{first.name}' holds two halves: its last axis is {shape[-1]}")
+            shape = (*shape[:-1], shape[-1] // 2)
+        for slot in self.spec.inputs[1:]:
+            wanted = shape if slot.layout == "row" else shape[-1:]
+            if arrays[slot.name].shape != wanted:
+                got = list(arrays[slot.name].shape)
+                raise ValueError(f"'{slot.name}' is {got}: it must be {list(wanted)}")
+        return shape
+
+
+def _array(slot: Slot, value: Any) -> np.ndarray:
+    """`value` as a numpy array over the same memory, 16-bit floats of bf16 as uint16."""
+    dtype = DTYPES[slot.dtype].numpy
+    if isinstance(value, np.ndarray):
+        if value.dtype != dtype:
+            raise TypeError(f"'{slot.name}' is {value.dtype}: it must be {dtype}")
+        if not value.flags.c_contiguous:
+            raise ValueError(f"'{slot.name}' is not contiguous")
+        return value
+    if not hasattr(value, "__dlpack__"):
+        raise TypeError(f"'{slot.name}' is {type(value).__name__}: give an array or DLPack tensor")
+    tensor = tvm_ffi.from_dlpack(value)
+    if str(tensor.dtype) != _DLPACK_NAMES[slot.dtype]:
+        raise TypeError(f"'{slot.name}' is {tensor.dtype}: it must be {dtype}")
+    if tensor.device.type != "cpu":
+        raise ValueError(f"'{slot.name}' is on {tensor.device}: it must be on the CPU")
+    if not tensor.is_contiguous():
+        raise ValueError(f"'{slot.name}' is not contiguous")
+    shape = tuple(tensor.shape)
+    return _over(tensor.data_ptr(), math.prod(shape), dtype).reshape(shape)
+
+
+def _over(address: int, count: int, dtype: np.dtype) -> np.ndarray:
+    """An array over memory that somebody else keeps alive."""
+    if not count:
+        return np.empty(0, dtype)
+    memory = (ctypes.c_char * (count * dtype.itemsize)).from_address(address)
+    return np.frombuffer(memoryview(memory), dtype)
+
+
+def _flat(slot: Slot, array: np.ndarray, rows: int) -> np.ndarray:
+    """[rows, width] or the vector, as the kernel takes it: writable, and bf16 as its bits."""
+    dtype = np.dtype(np.uint16) if slot.dtype == "bf16" else array.dtype
+    view = array if array.flags.writeable else _over(array.ctypes.data, array.size, array.dtype)
+    bits = view.reshape(-1).view(dtype)
+    return bits if slot.layout == "vector" else bits.reshape(rows, -1)

@@ -1,0 +1,124 @@
+"""Data movement between a residual Add and its norm, moved out of the way bit for bit."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from fusenorm.passes import facts
+from fusenorm.passes.fuse_residual import read_norm
+from fusenorm.passes.pattern import Refusal, node_name
+
+
+class ExposeResidual(ir.passes.InPlacePass):
+    """Let every norm read the residual Add itself.
+
+    - norm(Reshape(a + b)) becomes Reshape(norm(a + b)) where the Reshape keeps the last
+      dimension (OPT): a norm sees rows only.
+    - norm(Transpose(a + Transpose'(b))) becomes norm(Transpose(a) + b) where the two transposes
+      undo each other and nothing else reads the sum (ConvNeXt): one transpose less.
+    """
+
+    name = "expose_residual"
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        modified = False
+        for graph in model.graphs():
+            changed = False
+            for node in list(graph):
+                norm = read_norm(node)
+                if norm is None or isinstance(norm, Refusal) or len(node.outputs) != 1:
+                    continue
+                changed |= _sink_reshape(graph, node) or _cancel_transposes(graph, node)
+            if changed:
+                graph.sort()
+            modified |= changed
+        return ir.passes.PassResult(model, modified)
+
+
+def _moved(value: ir.Value | None, op_type: str) -> tuple[ir.Node, ir.Node] | None:
+    """(the node moving data, the Add it moves) if that is what computes `value`."""
+    mover = value.producer() if value is not None else None
+    if mover is None or mover.op_type != op_type or mover.domain != "":
+        return None
+    source = mover.inputs[0]
+    add = source.producer() if source is not None else None
+    if add is None or add.op_type != "Add" or add.domain != "" or add.graph is not mover.graph:
+        return None
+    return mover, add
+
+
+def _sink_reshape(graph: ir.Graph, norm: ir.Node) -> bool:
+    found = _moved(norm.inputs[0], "Reshape")
+    if found is None:
+        return False
+    reshape, add = found
+    total, y = add.outputs[0], norm.outputs[0]
+    size = facts.last_dim(reshape.outputs[0])
+    if size is None or facts.last_dim(total) != size:
+        return False
+    norm.replace_input_with(0, total)
+    after = ir.node(
+        "Reshape",
+        [y, *reshape.inputs[1:]],
+        attributes=dict(reshape.attributes),
+        name=f"{node_name(norm)}_reshape",
+    )
+    graph.insert_after(norm, after)
+    _take_over(y, after.outputs[0], keep=after)
+    facts.copy_facts(total, y)
+    return True
+
+
+def _cancel_transposes(graph: ir.Graph, norm: ir.Node) -> bool:
+    found = _moved(norm.inputs[0], "Transpose")
+    if found is None:
+        return False
+    outer, add = found
+    total, moved = add.outputs[0], outer.outputs[0]
+    if len(total.uses()) != 1 or total.is_graph_output():
+        return False
+    for index, operand in enumerate(add.inputs):
+        inner = operand.producer() if operand is not None else None
+        other = add.inputs[1 - index]
+        if inner is None or inner.op_type != "Transpose" or inner.domain != "":
+            continue
+        source = inner.inputs[0]
+        if source is None or other is None or not _undo(inner, outer):
+            continue
+        if facts.rank(other) != facts.rank(total) or facts.rank(source) != facts.rank(total):
+            continue  # a broadcast operand of lower rank has other axes to move
+        turned = ir.node(
+            "Transpose", [other], attributes=dict(outer.attributes), name=node_name(outer)
+        )
+        graph.insert_before(add, turned)
+        turned.outputs[0].type = other.type
+        add.replace_input_with(index, source)
+        add.replace_input_with(1 - index, turned.outputs[0])
+        moved.replace_all_uses_with(total)
+        facts.copy_facts(moved, total)
+        facts.copy_facts(moved, turned.outputs[0])
+        graph.remove(outer, safe=True)
+        return True
+    return False
+
+
+def _undo(first: ir.Node, second: ir.Node) -> bool:
+    """Whether two transposes in a row change nothing."""
+    permutations = [
+        node.attributes["perm"].as_ints() if "perm" in node.attributes else None
+        for node in (first, second)
+    ]
+    one, two = permutations
+    if one is None or two is None or len(one) != len(two):
+        return False
+    return [one[axis] for axis in two] == list(range(len(one)))
+
+
+def _take_over(old: ir.Value, new: ir.Value, *, keep: ir.Node) -> None:
+    """`new` stands for what `old` was: its readers but `keep`, its name, its place as output."""
+    name = old.name
+    old.replace_all_uses_with(new, replace_graph_outputs=True)
+    keep.replace_input_with(0, old)
+    facts.copy_facts(old, new)
+    old.name = f"{name}_rows"
+    new.name = name

@@ -35,6 +35,8 @@ def load_model(path: str | os.PathLike[str]) -> ir.Model:
     if not proto.opset_import or not proto.HasField("graph"):
         raise BadInput("not an ONNX model: it has no graph or no opset", file=file)
     check_versions(proto, file)
+    if proto.graph.sparse_initializer:
+        raise BadInput("sparse initializers are not supported", file=file)
     _check_external_paths(proto, file)
     try:
         model = ir.serde.deserialize_model(proto)

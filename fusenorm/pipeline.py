@@ -18,7 +18,7 @@ import onnx_ir as ir
 from fusenorm.errors import BadInput
 from fusenorm.model_io import check_operators, check_versions, load_model, save_model, sort_graphs
 from fusenorm.ops import DOMAIN, OpSpec, parse
-from fusenorm.passes.canonicalize import Canonicalize, Cleanup
+from fusenorm.passes.canonicalize import Canonicalize, Cleanup, NameDomains
 from fusenorm.passes.expose_residual import ExposeResidual
 from fusenorm.passes.fuse_activation import FuseActivation
 from fusenorm.passes.fuse_glu import FuseGatedUnit
@@ -112,7 +112,10 @@ def optimize(
     problem = find_problem(work)
     if problem is not None:
         raise BadInput(problem.detail, file=file, node=problem.node)
+    NameDomains()(work)
     check_operators(work, file)
+    _check_own_functions(work, file)
+    outputs = [value.name for value in work.graph.outputs]
     before = {
         "file": source.name if source else None,
         "opset": work.opset_imports.get("", 0),
@@ -127,8 +130,11 @@ def optimize(
         if progress:
             progress(name, index, len(steps))
         start = time.perf_counter()
-        changed = step(work).modified
-        verify_graph(work, name)
+        try:
+            changed = step(work).modified
+        except ir.passes.PassError as error:
+            raise BadInput(f"{name} cannot handle it: {error.__cause__}", file=file) from error
+        verify_graph(work, name, outputs)
         seconds = time.perf_counter() - start
         records.append(PassRecord(name, changed, round(seconds, 4), work.graph.num_nodes()))
     if progress:
@@ -254,6 +260,35 @@ def compile(
         source=Source(summary["sha256"], summary["opset"], summary["ir_version"]),
         golden=recorded,
     )
+
+
+def _check_own_functions(model: ir.Model, file: object) -> None:
+    """A function of our domain in the file must be the one this version declares."""
+    for (domain, name, _), function in model.functions.items():
+        if domain != DOMAIN:
+            continue
+        spec = parse(name)
+        opset = function.opset_imports.get("", model.opset_imports.get("", 0))
+        own = ir.serde.deserialize_function(spec.function(opset)) if spec else None
+        if own is None or _meaning(function) != _meaning(own):
+            raise BadInput(
+                f"function {DOMAIN}::{name} is not what fusenorm declares: it was made by "
+                "another version or another tool; optimize the original model",
+                file=file,
+            )
+
+
+def _meaning(function: ir.Function) -> list[tuple[object, ...]]:
+    """What a function computes: its nodes without names and documentation."""
+    return [
+        (
+            node.op_identifier(),
+            [value.name if value is not None else None for value in node.inputs],
+            [value.name for value in node.outputs],
+            sorted(str(attribute) for attribute in node.attributes.values()),
+        )
+        for node in function
+    ]
 
 
 def _foreign_node(model: ir.Model) -> str | None:

@@ -105,18 +105,21 @@ class Report:
 def collect_sites(model: ir.Model) -> list[Site]:
     """Read the sites off an optimised model, in graph order."""
     sites: list[Site] = []
-    fused_sources: set[str] = set()
+    fused_sources: set[tuple[ir.Graph | None, str]] = set()
     nodes = [node for graph in model.graphs() for node in graph]
     for node in nodes:
         if node.domain == DOMAIN:
-            fused_sources.update(node.metadata_props.get(SOURCE_KEY, "").split("\n"))
+            names = node.metadata_props.get(SOURCE_KEY, "").split("\n")
+            fused_sources.update((node.graph, name) for name in names)
     covered: set[ir.Node] = set()
     for node in nodes:
         if node.domain == DOMAIN:
             sites.append(_fused(node))
         elif node.domain == "" and node.op_type in NATIVE:
             sites.append(_left(node, NATIVE[node.op_type], "native"))
-        elif _is_candidate(node) and node not in covered and node_name(node) not in fused_sources:
+        elif _is_candidate(node) and node not in covered:
+            if (node.graph, node_name(node)) in fused_sources:
+                continue
             known = node.meta.get(MISS_KEY)
             covered.update(known[1].nodes if known else ())
             sites.append(_left(node, known[0] if known else ANCHORS[node.op_type], "refused"))

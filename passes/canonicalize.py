@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 
 from fusenorm.ops.spec import DOMAIN
 from fusenorm.passes import facts
-from fusenorm.passes.evaluate import evaluate
+from fusenorm.passes.evaluate import EvaluationError, evaluate
 
 # Larger results would grow the file; shapes, scalars and norm scales are far below.
 FOLD_LIMIT = 1 << 16
@@ -17,6 +19,12 @@ FOLDABLE = frozenset(
     "Add Sub Mul Div Neg Sqrt Cast Concat Gather Slice Reshape Squeeze Unsqueeze Transpose "
     "Identity Flatten Equal Where Range".split()
 )
+
+
+# Casts whose numpy result is the runtime's; others saturate or print in their own ways.
+CASTABLE = frozenset({"FLOAT", "FLOAT16", "BFLOAT16", "DOUBLE", "INT32", "INT64", "BOOL"})
+_NO_TENSOR = re.compile("Sequence|Optional")
+_RANDOM = re.compile("Random|Bernoulli|Multinomial|Dropout")
 
 
 class RemoveNoOpCasts(ir.passes.InPlacePass):
@@ -100,6 +108,8 @@ class FoldConstants(ir.passes.InPlacePass):
             return _static_shape(node)
         if node.op_type not in FOLDABLE or not node.inputs:
             return None
+        if node.op_type == "Cast" and not _castable(node):
+            return None
         arrays = [facts.constant(value) for value in node.inputs]
         if any(array is None for array in arrays):
             return None
@@ -107,8 +117,21 @@ class FoldConstants(ir.passes.InPlacePass):
             return None
         proto = ir.serde.serialize_node(node)
         feeds = {name: array for name, array in zip(proto.input, arrays, strict=True) if name}
-        (result,) = evaluate([proto], feeds, proto.output, (), opset)  # type: ignore[arg-type]
+        try:
+            (result,) = evaluate([proto], feeds, proto.output, (), opset)  # type: ignore[arg-type]
+        except EvaluationError:
+            return None  # a branch never taken may hold a node that cannot run
         return result if result.size <= self.limit else None
+
+
+def _castable(node: ir.Node) -> bool:
+    source = node.inputs[0]
+    target = ir.DataType(node.attributes["to"].as_int())
+    return (
+        source is not None
+        and source.dtype is not None
+        and {source.dtype.name, target.name} <= CASTABLE
+    )
 
 
 def _static_shape(node: ir.Node) -> np.ndarray | None:
@@ -159,40 +182,92 @@ def _replace(graph: ir.Graph, node: ir.Node, array: np.ndarray) -> None:
     graph.register_initializer(new)
 
 
-class Canonicalize(ir.passes.Sequential):
-    """Constants lifted and folded, no-op nodes dropped, equal expressions merged, shapes known.
+class NameDomains(ir.passes.InPlacePass):
+    """The standard domain has two names; everywhere here it is the empty one."""
 
-    Every step keeps each remaining value's bits; model-local functions of other domains are
-    inlined so that rules see through them.
-    """
+    name = "name_domains"
 
-    name = "canonicalize"
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        if "ai.onnx" not in model.graph.opset_imports:
+            return ir.passes.PassResult(model, False)
+        model.graph.opset_imports[""] = model.graph.opset_imports.pop("ai.onnx")
+        for node in model.graph.all_nodes():
+            if node.domain == "ai.onnx":
+                node.domain = ""
+        return ir.passes.PassResult(model, True)
 
-    def __init__(self) -> None:
-        super().__init__(
-            common.InlinePass(criteria=lambda function: function.domain != DOMAIN),
-            common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
-            common.IdentityEliminationPass(),
-            common.RemoveUnusedNodesPass(),
-            InferShapes(),
-            PlainSpellings(),
-            RemoveNoOpCasts(),
-            FoldConstants(),
-            InferShapes(),
-            common.CommonSubexpressionEliminationPass(),
-            FoldConstants(),
-            common.RemoveUnusedNodesPass(),
-            Annotate(),
-        )
+
+class InlineFunctions(ir.passes.InPlacePass):
+    """Model-local functions of other domains, written in the model's own opset, are inlined."""
+
+    name = "inline_functions"
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        opset = model.opset_imports.get("")
+
+        def same_language(function: ir.Function) -> bool:
+            return function.domain != DOMAIN and function.opset_imports.get("", opset) == opset
+
+        result = common.InlinePass(criteria=same_language)(model)
+        if result.modified:
+            common.NameFixPass()(model)
+        return ir.passes.PassResult(model, result.modified)
+
+
+class FixedInitializers(ir.passes.InPlacePass):
+    """Before IR 4 every initializer had to be listed as an input; that never meant "override"."""
+
+    name = "fixed_initializers"
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        if model.ir_version >= 4:
+            return ir.passes.PassResult(model, False)
+        model.ir_version = 4
+        common.RemoveInitializersFromInputsPass()(model)
+        return ir.passes.PassResult(model, True)
+
+
+class RemoveIdentities(ir.passes.InPlacePass):
+    """An Identity is its input, unless it gives a graph output its name or its own node."""
+
+    name = "remove_identities"
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        modified = False
+        for graph in model.graphs():
+            for node in list(graph):
+                if node.op_type != "Identity" or node.domain != "":
+                    continue
+                source, out = node.inputs[0], node.outputs[0]
+                if source is None or out.is_graph_output():
+                    continue
+                out.replace_all_uses_with(source)
+                graph.remove(node, safe=True)
+                modified = True
+        return ir.passes.PassResult(model, modified)
 
 
 class InferShapes(ir.passes.InPlacePass):
-    """ONNX shape inference with data propagation; a model it cannot handle stays as it is."""
+    """ONNX shape inference with data propagation; a model it cannot handle stays as it is.
+
+    Initializers that a caller may override are unknown to it. A model that holds sequences or
+    optionals keeps the types it came with.
+    """
 
     name = "infer_shapes"
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        return common.ShapeInferencePass(check_type=False, strict_mode=False)(model)
+        if any(_NO_TENSOR.search(node.op_type) for node in model.graph.all_nodes()):
+            return ir.passes.PassResult(model, False)
+        overridable = [value for value in model.graph.inputs if value.const_value is not None]
+        defaults = [value.const_value for value in overridable]
+        for value in overridable:
+            value.const_value = None
+        try:
+            return common.ShapeInferencePass(check_type=False, strict_mode=False)(model)
+        finally:
+            for value, default in zip(overridable, defaults, strict=True):
+                value.const_value = default
 
 
 class Annotate(ir.passes.InPlacePass):
@@ -206,13 +281,53 @@ class Annotate(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, False)
 
 
+class Canonicalize(ir.passes.Sequential):
+    """Constants lifted and folded, no-op nodes dropped, equal expressions merged, shapes known.
+
+    Every step keeps each remaining value's bits.
+    """
+
+    name = "canonicalize"
+
+    def __init__(self) -> None:
+        super().__init__(
+            NameDomains(),
+            FixedInitializers(),
+            InlineFunctions(),
+            common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+            RemoveIdentities(),
+            common.RemoveUnusedNodesPass(),
+            InferShapes(),
+            PlainSpellings(),
+            RemoveNoOpCasts(),
+            FoldConstants(),
+            InferShapes(),
+            MergeEqual(),
+            FoldConstants(),
+            common.RemoveUnusedNodesPass(),
+            Annotate(),
+        )
+
+
+class MergeEqual(ir.passes.InPlacePass):
+    """Equal expressions of equal inputs are one, in models where nothing is drawn at random."""
+
+    name = "merge_equal"
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        if any(_RANDOM.search(node.op_type) for node in model.graph.all_nodes()):
+            return ir.passes.PassResult(model, False)
+        return common.CommonSubexpressionEliminationPass()(model)
+
+
 class Cleanup(ir.passes.Sequential):
-    """Drop what fusion left without a reader."""
+    """Merge fused nodes that became equal, drop what fusion left without a reader."""
 
     name = "cleanup"
 
     def __init__(self) -> None:
         super().__init__(
+            MergeEqual(),
             common.RemoveUnusedNodesPass(),
             common.RemoveUnusedFunctionsPass(),
             common.RemoveUnusedOpsetsPass(process_functions=False),

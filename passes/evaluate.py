@@ -6,10 +6,19 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import onnx
+import onnx.inliner
 from onnx.reference import ReferenceEvaluator
 
 from fusenorm.ops.spec import DOMAIN
 from fusenorm.passes.round_once import ROUND_ONCE
+
+
+class EvaluationError(Exception):
+    """The nodes cannot run on these arrays."""
+
+
+# What ONNX's reference implementation raises, with no class of its own.
+_FAILURES = (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 def evaluate(
@@ -30,6 +39,9 @@ def evaluate(
 
     Returns:
         One array for each of `outputs`.
+
+    Raises:
+        EvaluationError: a node cannot run.
     """
 
     def info(name: str, array: np.ndarray | None) -> onnx.ValueInfoProto:
@@ -54,7 +66,12 @@ def evaluate(
         ir_version=10,
     )
     narrow = any(array.dtype.itemsize == 2 for array in arrays.values())
-    with np.errstate(all="ignore"):
-        return ReferenceEvaluator(model, new_ops=ROUND_ONCE if narrow else None).run(
-            None, dict(arrays)
-        )  # type: ignore[return-value]
+    try:
+        with np.errstate(all="ignore"):
+            if not narrow:
+                return ReferenceEvaluator(model).run(None, dict(arrays))  # type: ignore[return-value]
+            # Replacement ops do not reach into function bodies.
+            flat = onnx.inliner.inline_local_functions(model)
+            return ReferenceEvaluator(flat, new_ops=ROUND_ONCE).run(None, dict(arrays))  # type: ignore[return-value]
+    except _FAILURES as error:
+        raise EvaluationError(str(error)) from error

@@ -5,6 +5,8 @@ Everything here is conservative: None or False means "not proved", never "no".
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import onnx_ir as ir
 
@@ -42,7 +44,8 @@ def scalar(value: ir.Value | None) -> float | None:
     if value is None or value.const_value is None or value.const_value.size != 1:
         return None
     array = constant(value)
-    if array is None or array.dtype.kind in "USO":
+    # More dimensions than one could give what it meets a higher rank.
+    if array is None or array.dtype.kind in "USO" or array.ndim > 1:
         return None
     return float(array.reshape(()).astype(np.float64))
 
@@ -177,7 +180,7 @@ def _row_source(node: ir.Node, value: ir.Value) -> ir.Value | None:
     if node.domain not in ("", DOMAIN):
         return None
     if node.op_type in _KEEPS_SHAPE:
-        return node.inputs[0]
+        return node.inputs[0] if value is node.outputs[0] else None
     if node.op_type == "MatMul":
         weight = node.inputs[1]
         return node.inputs[0] if weight is not None and rank(weight) == 2 else None
@@ -195,6 +198,22 @@ def _row_source(node: ir.Node, value: ir.Value) -> ir.Value | None:
     if node.op_type == "Slice" and half_of(value) is not None:
         return node.inputs[0]
     return None
+
+
+def operands(node: ir.Node) -> Iterator[ir.Value]:
+    """Every value a node reads, those its subgraphs capture included."""
+    yield from (value for value in node.inputs if value is not None)
+    for attribute in node.attributes.values():
+        if attribute.type == ir.AttributeType.GRAPH:
+            bodies = [attribute.as_graph()]
+        elif attribute.type == ir.AttributeType.GRAPHS:
+            bodies = list(attribute.as_graphs())
+        else:
+            continue
+        for body in bodies:
+            yield from body.outputs
+            for inner in body:
+                yield from operands(inner)
 
 
 def half_of(value: ir.Value) -> tuple[ir.Value, str, int] | None:

@@ -85,7 +85,10 @@ class _FuseActivation(Rule):
     def _accept(self, root: ir.Node, match: State) -> Rewrite | Refusal:
         x, y = match.bindings["x"], root.outputs[0]
         dtype = facts.dtype_of(x)
-        if dtype is None or dtype != facts.dtype_of(y):
+        if dtype is None or facts.dtype_of(y) is None:
+            detail = f"the type of {x.name} or {y.name} is unknown"
+            return Refusal("type_unknown", node_name(root), detail)
+        if dtype != facts.dtype_of(y):
             detail = f"input is {dtype}, output {facts.dtype_of(y)}"
             return Refusal("types", node_name(root), detail)
         stepwise = dtype in ("f16", "bf16") and facts.dtype_of(match.bindings["inner"]) == dtype

@@ -143,7 +143,7 @@ class FuseGLU(Rule):
         nearest: Miss | None = None
         for activated, up in ((a, b), (b, a)):
             act = read_activation(activated)
-            if act is None:
+            if act is None or act.gate is up:
                 continue
             outcome = self._gate(root, act, activated, up)
             if isinstance(outcome, Rewrite):

@@ -80,7 +80,9 @@ class _FuseNorm(Rule):
         found, name = match.bindings, node_name(root)
         x, y = found["x"], root.outputs[0]
         dtype = facts.dtype_of(x)
-        if dtype is None or dtype != facts.dtype_of(y):
+        if dtype is None or facts.dtype_of(y) is None:
+            return Refusal("type_unknown", name, f"the type of {x.name} or {y.name} is unknown")
+        if dtype != facts.dtype_of(y):
             detail = f"input is {dtype}, output {facts.dtype_of(y)}"
             return Refusal("types", name, detail)
         size = facts.last_dim(x)

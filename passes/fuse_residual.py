@@ -170,8 +170,8 @@ class FuseResidual(Rule):
         if size is None or facts.last_dim(a) != size or facts.last_dim(b) != size:
             detail = f"{a.name} and {b.name} are not provably rows of the hidden size {size}"
             return Miss((total, root), Refusal("no_residual", node_name(total), detail))
-        if facts.is_vector(a, size) or facts.is_vector(b, size):
-            return None
+        if any(facts.is_vector(row, size) and facts.constant(row) is not None for row in (a, b)):
+            return None  # a bias
         if facts.dtype_of(a) != norm.spec.dtype:
             detail = f"sum of {facts.dtype_of(a)} feeds a norm of {norm.spec.dtype}"
             return Miss((total, root), Refusal("types", node_name(total), detail))
@@ -219,7 +219,7 @@ def _reads(value: ir.Value, node: ir.Node) -> bool:
             return True
         if producer is not None and producer not in seen:
             seen.add(producer)
-            pending += [operand for operand in producer.inputs if operand is not None]
+            pending += facts.operands(producer)
     return False
 
 

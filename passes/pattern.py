@@ -145,10 +145,7 @@ class Const(Pattern):
 
     def match(self, value: ir.Value, state: State, miss: Miss) -> Iterator[State]:
         found = facts.scalar(value)
-        dtype = facts.dtype_of(value)
-        # A constant may have been rounded once to f32 before it reached a wider type.
-        unit = max(DTYPES[dtype].epsilon if dtype else 0.0, DTYPES["f32"].epsilon)
-        if found is not None and abs(found - self.number) <= unit * abs(self.number):
+        if _equal(found, self.number, facts.dtype_of(value)):
             yield state
         else:
             detail = f"{value.name} is {found}, not {self.number:g}"
@@ -229,7 +226,7 @@ class Width(Pattern):
         source = state.bindings.get(self.of)
         size = facts.last_dim(source) if source is not None else None
         expected = None if size is None else (1 / size if self.reciprocal else float(size))
-        if found is not None and expected is not None and np.isclose(found, expected, rtol=1e-6):
+        if expected is not None and _equal(found, expected, facts.dtype_of(value)):
             yield state
         else:
             detail = f"{value.name} is {found}, not the hidden size {size}"
@@ -258,9 +255,10 @@ class OneOf(Pattern):
 
 @dataclasses.dataclass(frozen=True)
 class Casted(Pattern):
-    """The operand, possibly through one Cast between float types.
+    """The operand, possibly through one Cast up from 16 bits, or back down to them.
 
-    to: the type the speller casts to in 16-bit spellings (`wide` is f32, `storage` is T).
+    to: `wide` for a Cast from f16 or bf16 to f32 or f64, `storage` for the reverse. A Cast
+    between any other types is part of the computation, not of its storage.
     """
 
     operand: Pattern
@@ -270,12 +268,18 @@ class Casted(Pattern):
         node = value.producer()
         if node is not None and node.op_type == "Cast" and node.domain == "":
             source = node.inputs[0]
-            if source is not None and facts.dtype_of(value) and facts.dtype_of(source):
+            if source is not None and self._fits(facts.dtype_of(source), facts.dtype_of(value)):
                 yield from self.operand.match(source, state.visit(node), miss)
         yield from self.operand.match(value, state, miss)
 
+    def _fits(self, source: DType | None, target: DType | None) -> bool:
+        narrow, wide = (source, target) if self.to == "wide" else (target, source)
+        return narrow in ("f16", "bf16") and wide in ("f32", "f64")
+
     def spell(self, speller: Speller) -> ir.Value:
         value = self.operand.spell(speller)
+        if not speller.island:
+            return value
         target: DType = "f32" if self.to == "wide" else speller.dtype
         if facts.dtype_of(value) == target:
             return value
@@ -297,6 +301,15 @@ class Named(Pattern):
 
     def spell(self, speller: Speller) -> ir.Value:
         return self.operand.spell(speller)
+
+
+def _equal(found: float | None, number: float, dtype: DType | None) -> bool:
+    """Whether a constant is `number` as exactly as its type can hold it.
+
+    It may have been rounded once to f32 before it reached a wider type.
+    """
+    unit = max(DTYPES[dtype].epsilon if dtype else 0.0, DTYPES["f32"].epsilon)
+    return found is not None and abs(found - number) <= unit * abs(number)
 
 
 def _producer(value: ir.Value, op_type: str, state: State, miss: Miss) -> ir.Node | None:

@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import ClassVar
 
+import numpy as np
 import onnx_ir as ir
 
 from fusenorm.errors import BadInput
@@ -25,6 +26,7 @@ from fusenorm.passes.pattern import (
 RULE_KEY = "fusenorm.rule"
 SOURCE_KEY = "fusenorm.source"
 MISS_KEY = "fusenorm.miss"
+MADE_UP = "fusenorm.made_up"
 MIN_IR_VERSION = 8
 
 
@@ -179,6 +181,8 @@ def _refused(rewrite: Rewrite, opset: int) -> Refusal | None:
     name = node_name(rewrite.root)
     if opset < spec.MIN_OPSET:
         return Refusal("opset", name, f"opset {opset} is older than {spec.MIN_OPSET}")
+    if spec.inputs[0].dtype == "f64":
+        return Refusal("types", name, "no fused op computes in f64")
     if spec.parse(spec.op_type) != spec:
         return Refusal("types", name, f"no fused op is declared for {spec.op_type}")
     return None
@@ -190,7 +194,7 @@ def _remember(miss: Miss, op: str) -> None:
         return
     for node in miss.nodes:
         known = node.meta.get(MISS_KEY)
-        if known is None or len(known[1].nodes) < len(miss.nodes):
+        if known is None or len(known[1].nodes) <= len(miss.nodes):
             node.meta[MISS_KEY] = (op, miss)
 
 
@@ -211,9 +215,10 @@ def apply(model: ir.Model, rewrite: Rewrite, opset: int) -> ir.Node:
         else:
             facts.copy_facts(old, value)
         outputs.append(value)
+    inputs = [_registered(value, graph) for value in rewrite.inputs]
     fused = ir.node(
         spec.op_type,
-        rewrite.inputs,
+        inputs,
         attributes={name: float(rewrite.attributes[name]) for name in spec.attributes},
         domain=DOMAIN,
         outputs=outputs,
@@ -223,9 +228,6 @@ def apply(model: ir.Model, rewrite: Rewrite, opset: int) -> ir.Node:
             SOURCE_KEY: "\n".join(dict.fromkeys(_source_names(rewrite.nodes))),
         },
     )
-    for value in rewrite.inputs:
-        if value.const_value is not None and value.graph is None and value.producer() is None:
-            graph.register_initializer(value)
     graph.insert_before(root, fused)
     for old, new in zip(rewrite.outputs, outputs, strict=True):
         if old is not None:
@@ -236,6 +238,27 @@ def apply(model: ir.Model, rewrite: Rewrite, opset: int) -> ir.Node:
     _remove_dead(rewrite.nodes)
     _declare(model, spec, opset)
     return fused
+
+
+def _registered(value: ir.Value, graph: ir.Graph) -> ir.Value:
+    """`value`, made an initializer of `graph` if it is a constant a rule made up."""
+    if value.const_value is None or value.graph is not None or value.producer() is not None:
+        return value
+    array = value.const_value.numpy()
+    for known in graph.initializers.values():
+        made_up = known.meta.get(MADE_UP)
+        if made_up is not None and made_up.dtype == array.dtype and np.array_equal(made_up, array):
+            return known
+    taken = {out.name for node in graph for out in node.outputs} | set(graph.initializers)
+    taken.update(given.name for given in graph.inputs)
+    base, count = str(value.name), 1
+    while value.name in taken:
+        count += 1
+        value.name = f"{base}_{count}"
+    value.const_value.name = value.name
+    value.meta[MADE_UP] = array
+    graph.register_initializer(value)
+    return value
 
 
 def _source_names(nodes: tuple[ir.Node, ...]) -> list[str]:

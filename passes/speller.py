@@ -16,13 +16,16 @@ WIDTH = 12
 class Speller:
     """Builds one spelling of a pattern; every free choice is asked of `pick`."""
 
-    def __init__(self, choices: Sequence[int], opset: int, dtype: DType, rank: int) -> None:
+    def __init__(
+        self, choices: Sequence[int], opset: int, dtype: DType, rank: int, island: bool = True
+    ) -> None:
         self.choices = list(choices)
         self.sizes: list[int] = []
         self.taken: list[int] = []
         self.opset = opset
         self.dtype = dtype
         self.rank = rank
+        self.island = island
         self.nodes: list[ir.Node] = []
         self.inputs: list[ir.Value] = []
         self.initializers: list[ir.Value] = []
@@ -131,6 +134,7 @@ def spellings(
     opset: int = 18,
     dtype: DType = "f32",
     rank: int = 3,
+    island: bool = True,
     limit: int = 200,
     seed: int = 0,
 ) -> Iterator[ir.Model]:
@@ -141,6 +145,7 @@ def spellings(
         opset: of the models.
         dtype: storage type.
         rank: of the rows.
+        island: whether 16-bit spellings compute between Casts to f32 and back.
         limit: how many models at most.
         seed: of the mixtures.
     """
@@ -151,7 +156,7 @@ def spellings(
     while len(seen) < limit and tried < 20 * limit:
         tried += 1
         choices = pending.pop(0) if pending else list(rng.integers(0, 12, 64))
-        speller = Speller(choices, opset, dtype, rank)
+        speller = Speller(choices, opset, dtype, rank, island)
         output = write(speller)
         taken = tuple(speller.taken)
         if taken in seen:

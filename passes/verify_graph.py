@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import onnx_ir as ir
 
@@ -25,17 +25,21 @@ class Problem:
     node: str | None = None
 
 
-def verify_graph(model: ir.Model, after: str) -> None:
+def verify_graph(model: ir.Model, after: str, outputs: Sequence[str | None] | None = None) -> None:
     """Every value is defined before use, once; every fused node fits its declaration.
 
     Args:
         model: the model.
         after: name of the pass that ran last, for the message.
+        outputs: names the graph's outputs must have, in order.
 
     Raises:
         GraphInvalid: naming the pass and the node.
     """
     problem = find_problem(model)
+    found = [value.name for value in model.graph.outputs]
+    if problem is None and outputs is not None and found != list(outputs):
+        problem = Problem(f"the graph's outputs became {found}")
     if problem is not None:
         raise GraphInvalid(f"after {after}: {problem.detail}", node=problem.node)
 
@@ -69,6 +73,10 @@ def _problems(model: ir.Model, graph: ir.Graph, outer: set[ir.Value]) -> Iterato
     for value in graph.outputs:
         if value not in defined:
             yield Problem(f"graph output {value.name} is not produced")
+        elif value in outer:
+            yield Problem(f"subgraph output {value.name} is a value of the outer graph")
+    if len({value.name for value in graph.outputs}) != len(graph.outputs):
+        yield Problem("two graph outputs have one name")
 
 
 def _misfits(model: ir.Model, node: ir.Node) -> Iterator[str]:

@@ -203,6 +203,8 @@ class _Emitter:
         node, dtype = self.program.nodes[name], self.program.values[name].dtype
         unary = _UNARY.get(node.op)
         value = unary(lanes, reads[0]) if unary else _BINARY[node.op](reads[0], reads[1])
+        if node.op == "Mul" and self.program.rounded and self.program.summand(name):
+            value = lanes.fence(value)
         value = lanes.let(value)
         return lanes.let(_round(lanes, dtype, value)) if node.rounds else value
 

@@ -60,6 +60,10 @@ class Lanes:
         T.buffer_store(cell, value, [index])
         return T.bind(cell[index])
 
+    def fence(self, value: Expr) -> Expr:
+        """A product that is rounded before it is added to: LLVM makes no fma of it."""
+        return T.call_llvm_pure_intrin(self.type("float32"), "llvm.arithmetic.fence", value)
+
     def polynomial(self, x: Expr, coefficients: tuple[float, ...]) -> Expr:
         """Horner, highest power first."""
         head, *rest = coefficients

@@ -105,6 +105,16 @@ class RowProgram:
         """No row structure: the kernel may run over elements in one dimension."""
         return not self.levels and all(slot.layout == "row" for slot in self.inputs)
 
+    @property
+    def rounded(self) -> bool:
+        """Whether an output has 16 bits, so that a last bit of f32 can decide a tie."""
+        return any(slot.dtype in ("f16", "bf16") for slot in self.outputs)
+
+    def summand(self, name: str) -> bool:
+        """Whether an elementwise sum or difference reads the value."""
+        sums = [node.inputs for node in self.nodes.values() if node.op in ("Add", "Sub")]
+        return any(name in inputs for inputs in sums)
+
     def uses(self, name: str) -> int:
         """How many nodes and reductions read the value."""
         reads = [read for node in self.nodes.values() for read in node.inputs]

@@ -250,7 +250,8 @@ static void set_tensor(Tensor* tensor, int64_t* shape, const void* data, const S
 /* Rows [first, first + count) of the outputs, inside one run. */
 static int run_rows(const Job* job, int64_t first, int64_t count) {
   const Op* op = job->state->op;
-  int64_t run = first / job->run, inside = first % job->run, columns = job->columns;
+  int64_t run = job->outer ? first / job->run : 0, columns = job->columns;
+  int64_t inside = first - run * job->run;
   int64_t origin[MAX_INPUTS];
   for (int i = 0; i < op->inputs; ++i) origin[i] = inside;
   for (size_t axis = job->outer; axis-- > 0;) {
@@ -290,7 +291,7 @@ static void run_block(void* data, size_t index) {
   int64_t first = (int64_t)index * job->block, end = first + job->block;
   if (end > job->rows) end = job->rows;
   while (first < end) {
-    int64_t left = job->run - first % job->run;
+    int64_t left = job->outer ? job->run - first % job->run : end - first;
     int64_t count = left < end - first ? left : end - first;
     if (run_rows(job, first, count) != 0) job->failed = 1;
     first += count;
@@ -423,14 +424,14 @@ static OrtStatus* compute(void* kernel, OrtKernelContext* context) {
     job.columns = 1;
   }
   int64_t tasks = 1;
-  if (job.columns >= PARALLEL_ELEMENTS / job.rows) {
+  job.block = job.rows;
+  if (job.rows * job.columns >= PARALLEL_ELEMENTS) {
     tasks = job.rows * job.columns / TASK_ELEMENTS;
     if (tasks > MAX_TASKS) tasks = MAX_TASKS;
     if (tasks > job.rows) tasks = job.rows;
-    if (tasks < 1) tasks = 1;
+    job.block = (job.rows + tasks - 1) / tasks;
+    tasks = (job.rows + job.block - 1) / job.block;
   }
-  job.block = (job.rows + tasks - 1) / tasks;
-  tasks = (job.rows + job.block - 1) / job.block;
   if (tasks > 1) {
     TRY(ParallelFor(context, run_block, (size_t)tasks, 0, &job));
   } else {

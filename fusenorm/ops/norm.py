@@ -202,6 +202,8 @@ def _affines(dtype: str) -> Iterator[dict[str, object]]:
     """Types of γ and β and where they apply: alone, both, mixed with a 16-bit x."""
     yield {"scale": None, "bias": None}
     yield {"scale": None, "bias": dtype}
+    if dtype in ("f16", "bf16"):
+        yield {"scale": None, "bias": dtype, "affine": "storage"}
     for scale in dict.fromkeys((dtype, "f32")) if dtype != "f64" else (dtype,):
         for bias in (None, scale):
             yield {"scale": scale, "bias": bias}

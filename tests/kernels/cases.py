@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import os
 from collections.abc import Iterator
 
 import numpy as np
@@ -31,7 +32,9 @@ def supported() -> Iterator[OpSpec]:
 
 
 def pairwise() -> list[OpSpec]:
-    """Few ops that show every pair of field values some op has."""
+    """Few ops that show every pair of field values some op has; FUSENORM_ALL_OPS=1 gives all."""
+    if os.environ.get("FUSENORM_ALL_OPS"):
+        return list(supported())
     chosen: list[OpSpec] = []
     seen: set[object] = set()
     for spec in supported():
@@ -80,17 +83,14 @@ def misaligned(array: np.ndarray) -> np.ndarray:
 
 
 def evaluate(spec: OpSpec, values: dict[str, np.ndarray]) -> tuple[np.ndarray, ...]:
-    """The body node by node: 16-bit values computed in f32 and rounded, f32 ones kept in float64.
-
-    f32 may be contracted (x·α + y rounds once), so its roundings are no part of the meaning.
-    """
-    known = {name: _wide(array) for name, array in values.items()}
+    """The body node by node, each value rounded to its type."""
+    known: dict[str, np.ndarray] = dict(values)
     numbers = attributes(spec)
     with np.errstate(all="ignore"):
         for node in spec.function(BODY_OPSET).node:
             results = _node(node, known, numbers)
             known.update(zip(node.output, results, strict=True))
-    return tuple(known[slot.name].astype(DTYPES[slot.dtype].numpy) for slot in spec.outputs)
+    return tuple(known[slot.name] for slot in spec.outputs)
 
 
 def _node(
@@ -105,25 +105,18 @@ def _node(
     if node.op_type == "Constant":
         item = node.attribute[0]
         if item.ref_attr_name:
-            return (_wide(np.float32(numbers[item.ref_attr_name])),)
-        if item.name == "value_float":
-            return (_wide(np.float32(given[item.name])),)
-        return (np.asarray(given[item.name]),)
+            return (np.asarray(numbers[item.ref_attr_name], np.float32),)
+        return (np.asarray(given[item.name], np.float32 if item.name == "value_float" else int),)
     if node.op_type == "Cast":
-        target = onnx.helper.tensor_dtype_to_np_dtype(given["to"])
-        return (_wide(reads[0].astype(target) if target.itemsize == 2 else reads[0]),)
+        return (reads[0].astype(onnx.helper.tensor_dtype_to_np_dtype(given["to"])),)
     if node.op_type == "Split":
         return tuple(np.split(reads[0], 2, axis=-1))
     if node.op_type == "Slice":
         return (reads[0][..., int(reads[1][0]) :: int(reads[4][0])],)
     dtype = reads[0].dtype
-    wide = np.float32 if dtype.itemsize == 2 else np.float64
-    return (np.asarray(_OPS[node.op_type](*(read.astype(wide) for read in reads))).astype(dtype),)
-
-
-def _wide(array: np.ndarray) -> np.ndarray:
-    """16-bit arrays as they are, f32 as float64."""
-    return np.asarray(array) if array.dtype.itemsize == 2 else np.asarray(array, np.float64)
+    wide = np.float64 if dtype.itemsize == 4 else np.float32
+    result = _OPS[node.op_type](*(read.astype(wide) for read in reads))
+    return (np.asarray(result).astype(dtype),)
 
 
 _OPS = {

@@ -24,7 +24,7 @@ FUNCTIONS: dict[str, tuple[float, float, float, Callable[[np.ndarray], np.ndarra
 
 @pytest.fixture(scope="module")
 def module() -> Any:
-    import tvm.script.ir_builder.tirx as T
+    import tvm.script.ir_builder.tirx as T  # noqa: N812
     from tvm.script.ir_builder import IRBuilder
 
     from fusenorm.kernels import cpu, mathfn

@@ -50,7 +50,13 @@ def test_a_library_needs_libc_only(built) -> None:
 def test_a_library_shows_only_its_entry_points(built) -> None:
     kernels = {
         f"__tvm_ffi_fusenorm_{name}"
-        for name in ("SkipRMSNorm", "SkipRMSNorm__nosum", "RMSNorm_f16", "Gelu", "GLU_swish_gate_up")
+        for name in (
+            "SkipRMSNorm",
+            "SkipRMSNorm__nosum",
+            "RMSNorm_f16",
+            "Gelu",
+            "GLU_swish_gate_up",
+        )
     }
     assert set(read_needs(built.path).defined) == {"RegisterCustomOps", *kernels}
 

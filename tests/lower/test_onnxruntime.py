@@ -100,7 +100,9 @@ def session(
     return ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
 
 
-def values(spec: OpSpec, shape: tuple[int, ...], shapes: Shapes | None = None) -> dict[str, np.ndarray]:
+def values(
+    spec: OpSpec, shape: tuple[int, ...], shapes: Shapes | None = None
+) -> dict[str, np.ndarray]:
     random = np.random.default_rng(0)
     made = {}
     for slot in spec.inputs:
@@ -120,7 +122,9 @@ def same(spec: OpSpec, mine: list[np.ndarray], theirs: list[np.ndarray]) -> None
         assert a.shape == b.shape
         assert a.dtype == b.dtype
         scale = max(1.0, float(np.abs(b.astype(np.float64)).max(initial=0)))
-        assert np.abs(a.astype(np.float64) - b.astype(np.float64)).max(initial=0) <= tolerance * scale
+        assert (
+            np.abs(a.astype(np.float64) - b.astype(np.float64)).max(initial=0) <= tolerance * scale
+        )
 
 
 @pytest.mark.parametrize("level", LEVELS, ids=lambda level: str(level).rsplit(".", 1)[-1])
@@ -228,9 +232,7 @@ def test_no_rows(spec: OpSpec, shape: tuple[int, ...], library: Path) -> None:
     ],
     ids=lambda value: str(value) if isinstance(value, str) else "",
 )
-def test_shapes_that_are_refused(
-    spec: OpSpec, shapes: Shapes, message: str, library: Path
-) -> None:
+def test_shapes_that_are_refused(spec: OpSpec, shapes: Shapes, message: str, library: Path) -> None:
     running = session(model(spec), library)
     with pytest.raises(INVALID, match=message) as caught:
         running.run(None, values(spec, (2, 3, 8), shapes))
@@ -285,9 +287,11 @@ def test_shapes_are_inferred_through_the_op(library: Path, tmp_path: Path) -> No
     assert shape[0] == "batch"
     assert not isinstance(shape[1], int)
     assert shape[2] == 8
-    running.run(None, {name: np.ones((2, 3, 8), np.float32) for name in ("x", "skip")} | {
-        "scale": np.ones(8, np.float32)
-    })
+    running.run(
+        None,
+        {name: np.ones((2, 3, 8), np.float32) for name in ("x", "skip")}
+        | {"scale": np.ones(8, np.float32)},
+    )
 
 
 def test_two_sessions_share_the_library(library: Path) -> None:
@@ -296,5 +300,3 @@ def test_two_sessions_share_the_library(library: Path) -> None:
     expected = first.run(None, feed)
     del first
     assert np.array_equal(second.run(None, feed)[0], expected[0])
-
-

@@ -183,7 +183,9 @@ def test_a_reshape_that_changes_the_rows_stays() -> None:
     assert [site.status for site in report.sites] == ["native"]
 
 
-@pytest.mark.parametrize(("second", "expected"), [([0, 3, 1, 2], "fused"), ([0, 2, 3, 1], "native")])
+@pytest.mark.parametrize(
+    ("second", "expected"), [([0, 3, 1, 2], "fused"), ([0, 2, 3, 1], "native")]
+)
 def test_transposes_around_the_sum(second: list[int], expected: str) -> None:
     body = f"""
       rt = Transpose<perm = {second}>(r)

@@ -28,13 +28,14 @@ def _write(rule: Rule, speller: Speller) -> ir.Value:
     return rule.pattern.spell(speller)
 
 
-def _models(rule: Rule, opset: int, dtype: str, rank: int) -> list[ir.Model]:
+def _models(rule: Rule, opset: int, dtype: str, rank: int, island: bool = True) -> list[ir.Model]:
     return list(
         spellings(
             lambda speller: _write(rule, speller),
             opset=opset,
             dtype=dtype,  # type: ignore[arg-type]
             rank=rank,
+            island=island,
             limit=LIMIT,
         )
     )
@@ -67,15 +68,14 @@ def test_f32_spellings_fuse_and_agree(rule: Rule, opset: int, rank: int) -> None
         np.testing.assert_allclose(b, a, rtol=0, atol=4e-6 * np.abs(a).max())
 
 
+@pytest.mark.parametrize("island", [True, False])
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
-def test_f16_spellings_fuse_or_say_which_rounding_was_lost(rule: Rule) -> None:
-    models = _models(rule, 18, "f16", 3)
+def test_f16_spellings_fuse_or_say_which_rounding_was_lost(rule: Rule, island: bool) -> None:
+    models = _models(rule, 18, "f16", 3, island)
     count = 0
     for model in models:
         proto = ir.serde.serialize_model(model)
         after, report = fused(proto)
-        # A norm inside an f32 island always fuses; stepwise 16-bit arithmetic that rounds at
-        # other places than the declared body must not.
         codes = {site.reason for site in report.sites if site.status == "refused"}
         assert codes <= {"check_failed"}, report.sites
         hit = [site.op for site in report.sites if site.status == "fused"]
@@ -84,7 +84,12 @@ def test_f16_spellings_fuse_or_say_which_rounding_was_lost(rule: Rule) -> None:
         (a,), (b,) = run(proto, feeds), run(after, feeds)
         scale = float(np.abs(a.astype(np.float32)).max())
         np.testing.assert_allclose(b.astype(np.float32), a, rtol=0, atol=4 * 2.0**-10 * scale)
-    assert count >= (0.8 if rule.name == "glu" else 1.0) * len(models)
+    if island:  # all fuse but a sigmoid written out in 16 bits inside a GLU
+        assert count >= (0.8 if rule.name == "glu" else 1.0) * len(models)
+    elif rule.name in ("layer_norm", "rms_norm"):  # statistics in 16 bits are not what we compute
+        assert count == 0
+    else:  # the usual spelling does; one that rounds elsewhere than the declared body must not
+        assert count >= 0.1 * len(models)
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)

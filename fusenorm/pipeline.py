@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib.metadata
 import os
 import tempfile
 import time
@@ -25,7 +26,7 @@ from fusenorm.passes.fuse_glu import FuseGatedUnit
 from fusenorm.passes.fuse_norm import FuseNorm
 from fusenorm.passes.fuse_residual import FuseResidualNorm
 from fusenorm.passes.pattern import node_name
-from fusenorm.passes.rewrite import Check
+from fusenorm.passes.rewrite import Check, RewritePass, Rule
 from fusenorm.passes.validate import Validator
 from fusenorm.passes.verify_graph import find_problem, verify_graph
 from fusenorm.report import PassRecord, Report, collect_sites
@@ -33,6 +34,7 @@ from fusenorm.report import PassRecord, Report, collect_sites
 if TYPE_CHECKING:
     from fusenorm.artifact import Artifact
 
+PLUGINS = "fusenorm.rules"
 Progress = Callable[[str, int, int], None]
 
 
@@ -43,10 +45,12 @@ class Options:
     Attributes:
         validate: check every rewrite numerically when it is made.
         limit: stop after this many rewrites (bisecting a difference), None for all.
+        rules: rules of your own, tried before the GLU rule; plugins add theirs by themselves.
     """
 
     validate: bool = True
     limit: int | None = None
+    rules: tuple[Rule, ...] = ()
 
 
 DEFAULTS = Options()
@@ -71,6 +75,30 @@ class Result:
         return save_model(self.model, path)
 
 
+class FuseMore(RewritePass):
+    """The pass of rules from outside this package."""
+
+    name = "fuse_more"
+
+
+def plugin_rules() -> list[Rule]:
+    """The rules installed packages offer under the entry point group `fusenorm.rules`.
+
+    Raises:
+        BadInput: an entry point cannot be imported or is no rule.
+    """
+    found = []
+    for entry in importlib.metadata.entry_points(group=PLUGINS):
+        try:
+            made = entry.load()()
+        except (ImportError, AttributeError, TypeError) as error:
+            raise BadInput(f"rule plugin {entry.name} ({entry.value}): {error}") from error
+        if not isinstance(made, Rule):
+            raise BadInput(f"rule plugin {entry.name} ({entry.value}) is no fusenorm.passes.Rule")
+        found.append(made)
+    return found
+
+
 def passes(options: Options) -> list[ir.passes.PassBase]:
     """THE list of passes, in order."""
     check: Check | None = Validator() if options.validate else None
@@ -81,6 +109,7 @@ def passes(options: Options) -> list[ir.passes.PassBase]:
         ExposeResidual(),
         FuseResidualNorm(check, budget),
         FuseActivation(check, budget),
+        FuseMore((*options.rules, *plugin_rules()), check, budget),
         FuseGatedUnit(check, budget),
         Cleanup(),
     ]

@@ -1,14 +1,22 @@
-"""Inputs for checks and benchmarks, made from a model's signature alone."""
+"""For tests, yours and ours: inputs made from a signature, and a rule against its spellings."""
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from fusenorm.errors import BadInput
+from fusenorm.ops.spec import DTYPES, DType
 from fusenorm.signature import Dim, Signature, Tensor, resolve
+
+if TYPE_CHECKING:
+    import onnx
+
+    from fusenorm.passes.rewrite import Rule
+    from fusenorm.passes.speller import Speller
 
 # (size of leading symbolic axes, size of the others), in the order a model is tried at: an
 # exporter may have baked a size in without declaring it.
@@ -88,3 +96,81 @@ def _values(tensor: Tensor, dims: Mapping[str, int], seed: int) -> np.ndarray:
     if "position" in name and shape:
         return np.broadcast_to(np.arange(shape[-1]), shape).astype(dtype)
     return random.integers(0, 2, shape).astype(dtype)
+
+
+def check_rule(
+    rule: Rule,
+    op: str,
+    *,
+    opsets: Sequence[int] = (13, 18, 23),
+    dtype: DType = "f32",
+    limit: int = 40,
+    seed: int = 0,
+) -> int:
+    """Hold a rule against every spelling of its own pattern.
+
+    Each spelling must become exactly one fused site of `op`, pass onnx's checker and keep its
+    outputs under onnxruntime with optimisation off.
+
+    Args:
+        rule: the rule; it runs along with the built-in ones.
+        op: the site it must become, as reports name it.
+        opsets: the opsets to spell it in.
+        dtype: storage type of the graphs.
+        limit: spellings per opset.
+        seed: of the random inputs.
+
+    Returns:
+        How many spellings were checked.
+
+    Raises:
+        AssertionError: naming the first spelling that fails, as ONNX text.
+    """
+    import onnx
+    import onnx_ir as ir
+
+    from fusenorm.passes.speller import spellings
+    from fusenorm.pipeline import Options, optimize
+
+    def write(speller: Speller) -> ir.Value:
+        rule.example(speller)
+        return rule.pattern.spell(speller)
+
+    count = 0
+    for opset in opsets:
+        for model in spellings(write, opset=opset, dtype=dtype, limit=limit):
+            source = ir.to_proto(model)
+            result = optimize(source, options=Options(rules=(rule,)))
+            text = f"{rule.name} at opset {opset}:\n{onnx.printer.to_text(source)}"
+            sites = [(site.op, site.status, site.reason) for site in result.report.sites]
+            if sites != [(op, "fused", None)]:
+                raise AssertionError(f"{sites} in {text}")
+            after = ir.to_proto(result.model)
+            onnx.checker.check_model(after)
+            feeds = random_inputs(Signature.of_model(model), {}, seed)
+            _agree(_outputs(source, feeds), _outputs(after, feeds), DTYPES[dtype].epsilon, text)
+            count += 1
+    return count
+
+
+def _outputs(model: onnx.ModelProto, feeds: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = ort.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    return session.run(None, dict(feeds))
+
+
+def _agree(
+    wanted: Sequence[np.ndarray], got: Sequence[np.ndarray], epsilon: float, text: str
+) -> None:
+    for a, b in zip(wanted, got, strict=True):
+        wide_a, wide_b = a.astype(np.float64), b.astype(np.float64)
+        error = float(np.abs(wide_a - wide_b).max(initial=0))
+        scale = float(np.abs(wide_a).max(initial=0))
+        # Four roundings of the largest value, with the room a cancelling mean takes.
+        if not error <= 32 * epsilon * max(scale, 1e-3):
+            raise AssertionError(f"outputs differ by {error:.2e} of {scale:.2e} in {text}")

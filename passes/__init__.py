@@ -7,7 +7,13 @@ if __name__ != "fusenorm.passes":
 
 from fusenorm.passes.canonicalize import Canonicalize, Cleanup
 from fusenorm.passes.expose_residual import ExposeResidual
-from fusenorm.passes.fuse_activation import FuseActivation, FuseGelu, FuseGeluTanh, FuseSwish
+from fusenorm.passes.fuse_activation import (
+    ActivationRule,
+    FuseActivation,
+    FuseGelu,
+    FuseGeluTanh,
+    FuseSwish,
+)
 from fusenorm.passes.fuse_glu import FuseGatedUnit, FuseGLU
 from fusenorm.passes.fuse_norm import FuseLayerNorm, FuseNorm, FuseRMSNorm
 from fusenorm.passes.fuse_residual import FuseResidual, FuseResidualNorm
@@ -26,6 +32,7 @@ RULES: tuple[Rule, ...] = (
 
 __all__ = [
     "RULES",
+    "ActivationRule",
     "Canonicalize",
     "Cleanup",
     "ExposeResidual",

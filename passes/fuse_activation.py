@@ -65,9 +65,17 @@ def swish_pattern() -> Pattern:
     )
 
 
-class _FuseActivation(Rule):
-    """What the activation rules share: one pattern over one variable x."""
+class ActivationRule(Rule):
+    """A spelling of one of the declared activations: a pattern over one variable `x`.
 
+    Attributes:
+        activation: a row of ops.ACTIVATIONS.
+        algebra: makes the pattern. It binds `x`; a parametric activation's number as
+            Scalar("beta"); and, where it may be computed in 16 bits, the value of its
+            transcendental function as Named("inner", ...).
+    """
+
+    roots = frozenset({"Mul", "Div", "Cast"})
     activation: ClassVar[str]
     algebra: ClassVar[Callable[[], Pattern]]
 
@@ -91,7 +99,8 @@ class _FuseActivation(Rule):
         if dtype != facts.dtype_of(y):
             detail = f"input is {dtype}, output {facts.dtype_of(y)}"
             return Refusal("types", node_name(root), detail)
-        stepwise = dtype in ("f16", "bf16") and facts.dtype_of(match.bindings["inner"]) == dtype
+        inner = match.bindings.get("inner")
+        stepwise = dtype in ("f16", "bf16") and inner is not None and facts.dtype_of(inner) == dtype
         spec = Gated(self.activation, "none", dtype, "storage" if stepwise else "f32")
         beta = match.bindings.get("beta")
         number = 1.0 if beta is None else facts.scalar(beta)
@@ -106,7 +115,7 @@ class _FuseActivation(Rule):
         )
 
 
-class FuseGelu(_FuseActivation):
+class FuseGelu(ActivationRule):
     """GELU written with Erf becomes one op.
 
     ## What it matches
@@ -128,12 +137,11 @@ class FuseGelu(_FuseActivation):
 
     name = "gelu"
     op = "Gelu"
-    roots = frozenset({"Mul", "Div", "Cast"})
     activation = "gelu"
     algebra = staticmethod(gelu_pattern)
 
 
-class FuseGeluTanh(_FuseActivation):
+class FuseGeluTanh(ActivationRule):
     """GELU's tanh approximation becomes one op.
 
     ## What it matches
@@ -155,12 +163,11 @@ class FuseGeluTanh(_FuseActivation):
 
     name = "gelu_tanh"
     op = "Gelu"
-    roots = frozenset({"Mul", "Div", "Cast"})
     activation = "gelu_tanh"
     algebra = staticmethod(gelu_tanh_pattern)
 
 
-class FuseSwish(_FuseActivation):
+class FuseSwish(ActivationRule):
     """Swish, SiLU and QuickGELU become one op.
 
     ## What it matches

@@ -131,7 +131,9 @@ def _is_candidate(node: ir.Node) -> bool:
     if node.domain == "" and node.op_type in ANCHORS:
         return True
     known = node.meta.get(MISS_KEY)
-    return known is not None and known[1].refusal.code == "check_failed"
+    if known is None or known[1].refusal.code != "check_failed":
+        return False
+    return not any(part.op_type in NATIVE or part.op_type in ANCHORS for part in known[1].nodes)
 
 
 def _fused(node: ir.Node) -> Site:

@@ -75,12 +75,18 @@ def check_16(
     expected = evaluate(spec, values)
     for array, graph in zip(made, expected, strict=True):
         distance = ulps(array, graph)
-        # A share needs many elements, and different ones.
-        few = distance.size < 3000 or fill in ("constant", "largest")
+        # A share needs many elements and different ones; behind a large mean, the last bit of
+        # that mean already shifts more than it allows.
+        few = distance.size < 3000 or fill not in ("normal", "nan")
         assert few or (distance == 0).mean() >= 0.998
         with np.errstate(all="ignore"):
             error = np.abs(array.astype(np.float64) - graph.astype(np.float64))
             slack = f32_bound(spec, values, graph.astype(np.float64))
+            if getattr(spec, "affine", "f32") == "storage":
+                # One step of the normalised value, however little of it the bias leaves.
+                slack = slack + DTYPES[spec.dtype].epsilon * (
+                    np.abs(graph.astype(np.float64)) + 1.5
+                )
             close = error <= np.broadcast_to(slack, error.shape)
         assert ((distance <= rounding_points(spec)) | close).all(), int(distance.max())
 

@@ -4,25 +4,13 @@ from __future__ import annotations
 
 import re
 
-import numpy as np
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 
 from fusenorm.ops.spec import DOMAIN
 from fusenorm.passes import facts
-from fusenorm.passes.evaluate import EvaluationError, evaluate
+from fusenorm.passes.fold_constants import FoldConstants
 
-# Larger results would grow the file; shapes, scalars and norm scales are far below.
-FOLD_LIMIT = 1 << 16
-# Ops whose numpy result is the runtime's to the bit: integers, and IEEE-rounded arithmetic.
-FOLDABLE = frozenset(
-    "Add Sub Mul Div Neg Sqrt Cast Concat Gather Slice Reshape Squeeze Unsqueeze Transpose "
-    "Identity Flatten Equal Where Range".split()
-)
-
-
-# Casts whose numpy result is the runtime's; others saturate or print in their own ways.
-CASTABLE = frozenset({"FLOAT", "FLOAT16", "BFLOAT16", "DOUBLE", "INT32", "INT64", "BOOL"})
 _NO_TENSOR = re.compile("Sequence|Optional")
 _RANDOM = re.compile("Random|Bernoulli|Multinomial|Dropout")
 
@@ -70,116 +58,6 @@ class PlainSpellings(ir.passes.InPlacePass):
                         node.attributes["to"] = ir.AttrInt64("to", int(target))
                         modified = True
         return ir.passes.PassResult(model, modified)
-
-
-class FoldConstants(ir.passes.InPlacePass):
-    """Replace small nodes with constant inputs, and Shape of a known dimension, by constants.
-
-    Args:
-        limit: largest result in elements.
-    """
-
-    name = "fold_constants"
-
-    def __init__(self, limit: int = FOLD_LIMIT) -> None:
-        super().__init__()
-        self.limit = limit
-
-    def call(self, model: ir.Model) -> ir.passes.PassResult:
-        modified = False
-        opset = model.opset_imports.get("", 0)
-        for graph in model.graphs():
-            facts.annotate(graph)
-            for node in list(graph):
-                array = self._fold(node, opset)
-                if array is not None:
-                    _replace(graph, node, array)
-                    modified = True
-        return ir.passes.PassResult(model, modified)
-
-    def _fold(self, node: ir.Node, opset: int) -> np.ndarray | None:
-        if node.domain != "" or len(node.outputs) != 1 or node.outputs[0].is_graph_output():
-            return None
-        if node.op_type == "Gather":
-            known = _gathered_dim(node)
-            if known is not None:
-                return known
-        if node.op_type in ("Shape", "Size"):
-            return _static_shape(node)
-        if node.op_type not in FOLDABLE or not node.inputs:
-            return None
-        if node.op_type == "Cast" and not _castable(node):
-            return None
-        arrays = [facts.constant(value) for value in node.inputs]
-        if any(array is None for array in arrays):
-            return None
-        if sum(array.size for array in arrays if array is not None) > self.limit:
-            return None
-        proto = ir.serde.serialize_node(node)
-        feeds = {name: array for name, array in zip(proto.input, arrays, strict=True) if name}
-        try:
-            (result,) = evaluate([proto], feeds, proto.output, (), opset)  # type: ignore[arg-type]
-        except EvaluationError:
-            return None  # a branch never taken may hold a node that cannot run
-        return result if result.size <= self.limit else None
-
-
-def _castable(node: ir.Node) -> bool:
-    source = node.inputs[0]
-    target = ir.DataType(node.attributes["to"].as_int())
-    return (
-        source is not None
-        and source.dtype is not None
-        and {source.dtype.name, target.name} <= CASTABLE
-    )
-
-
-def _static_shape(node: ir.Node) -> np.ndarray | None:
-    """What Shape or Size returns, where the dimensions it reads are known.
-
-    The size of a Shape's own result is the rank, known even if no dimension is.
-    """
-    source = node.inputs[0]
-    if source is None or source.shape is None:
-        return None
-    dims = list(source.shape)
-    if node.op_type == "Shape":
-        start = facts.attribute_int(node, "start", 0)
-        end = facts.attribute_int(node, "end", len(dims))
-        dims = dims[slice(start, end)]
-    if not all(isinstance(dim, int) for dim in dims):
-        return None
-    sizes = np.array(dims, np.int64)
-    return sizes if node.op_type == "Shape" else np.array(sizes.prod(), np.int64)
-
-
-def _gathered_dim(node: ir.Node) -> np.ndarray | None:
-    """Gather(Shape(x), i) where dimension i of x is known."""
-    shape_of = node.inputs[0].producer() if node.inputs[0] is not None else None
-    index = facts.constant(node.inputs[1])
-    if shape_of is None or shape_of.op_type != "Shape" or shape_of.attributes:
-        return None
-    source = shape_of.inputs[0]
-    if index is None or index.size != 1 or source is None:
-        return None
-    position = int(index.reshape(()))
-    rank = facts.rank(source)
-    dim: object = None
-    if position == -1 or (rank is not None and position == rank - 1):
-        dim = facts.last_dim(source)
-    elif source.shape is not None and -source.shape.rank() <= position < source.shape.rank():
-        dim = source.shape[position]
-    return np.full(index.shape, dim, np.int64) if isinstance(dim, int) else None
-
-
-def _replace(graph: ir.Graph, node: ir.Node, array: np.ndarray) -> None:
-    old = node.outputs[0]
-    name = old.name
-    old.name = f"{name}_unfolded"
-    new = ir.val(name, const_value=ir.tensor(array, name=name))
-    old.replace_all_uses_with(new)
-    graph.remove(node, safe=True)
-    graph.register_initializer(new)
 
 
 class NameDomains(ir.passes.InPlacePass):

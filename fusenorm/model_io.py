@@ -16,6 +16,8 @@ from fusenorm.errors import BadInput
 # Above this the weights go to a file of their own (protobuf ends at 2 GiB).
 EXTERNAL_DATA_BYTES = 1 << 30
 DATA_SUFFIX = ".data"
+# Operators onnxruntime keeps in the standard domain although ONNX does not have them.
+RUNTIME_OPERATORS = frozenset({"SimplifiedLayerNormalization"})
 
 
 def load_model(path: str | os.PathLike[str]) -> ir.Model:
@@ -94,6 +96,8 @@ def check_operators(model: ir.Model, file: object = None) -> None:
     opset = model.opset_imports.get("", 0)
     for node in model.graph.all_nodes():
         if node.domain != "" or (node.domain, node.op_type, node.overload) in model.functions:
+            continue
+        if node.op_type in RUNTIME_OPERATORS:
             continue
         if not onnx.defs.has(node.op_type, opset, ""):
             raise BadInput(

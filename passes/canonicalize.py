@@ -10,6 +10,7 @@ import onnx_ir.passes.common as common
 from fusenorm.ops.spec import DOMAIN
 from fusenorm.passes import facts
 from fusenorm.passes.fold_constants import FoldConstants
+from fusenorm.passes.unfuse_contrib import UnfuseContrib
 
 _NO_TENSOR = re.compile("Sequence|Optional")
 _RANDOM = re.compile("Random|Bernoulli|Multinomial|Dropout")
@@ -172,6 +173,7 @@ class Canonicalize(ir.passes.Sequential):
             NameDomains(),
             FixedInitializers(),
             InlineFunctions(),
+            UnfuseContrib(),
             common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
             RemoveIdentities(),
             common.RemoveUnusedNodesPass(),

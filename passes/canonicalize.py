@@ -171,6 +171,7 @@ class Canonicalize(ir.passes.Sequential):
     def __init__(self) -> None:
         super().__init__(
             NameDomains(),
+            common.RemoveUnusedOpsetsPass(process_functions=False),
             FixedInitializers(),
             InlineFunctions(),
             UnfuseContrib(),

@@ -4,7 +4,8 @@
       manifest.json                 everything below, described; sizes and sha256 of every file
       model.onnx                    the fused model; any onnxruntime runs it without the library
       model.onnx.data               its weights, only if they are too large for one protobuf
-      lib/LEVEL/fusenorm_ops.so     the kernels for one CPU level
+      lib/LEVEL/fusenorm_ops-DIGEST.so   the kernels for one CPU level; a process that has one
+                                    loaded must not get it for another of the same name
       golden/inputs.npz, outputs.npz   one recorded run without the library
 
 A folder is checked completely (`open_artifact`) before anything in it is parsed by another
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import errno
 import hashlib
 import io
 import json
@@ -26,6 +28,7 @@ import stat
 import struct
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path, PurePosixPath
@@ -42,10 +45,19 @@ if TYPE_CHECKING:
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 MODEL = "model.onnx"
-LIBRARY = "fusenorm_ops.so"
 GOLDEN_INPUTS = "golden/inputs.npz"
 GOLDEN_OUTPUTS = "golden/outputs.npz"
 
+_RETRIES = 20  # a folder may be replaced while it is read
+_MANIFEST_TYPES: dict[str, type] = {
+    "name": str,
+    "target": str,
+    "versions": dict,
+    "source": dict,
+    "report": dict,
+    "libraries": list,
+    "files": list,
+}
 _PACKAGES = ("apache-tvm", "apache-tvm-ffi", "ml_dtypes", "numpy", "onnx", "onnx-ir", "onnxruntime")
 _ELF_MACHINES = {62: "x86_64", 183: "aarch64"}
 
@@ -189,7 +201,10 @@ class Artifact:
         except OSError as error:
             raise BadInput(f"cannot be written: {error.strerror}", file=folder) from error
         try:
-            self._write(stage)
+            try:
+                self._write(stage)
+            except OSError as error:
+                raise BadInput(f"cannot be written: {error.strerror}", file=folder) from error
             if check is not None:
                 check(stage)
             stage.chmod(0o755)
@@ -204,7 +219,8 @@ class Artifact:
         save_model(self.model, folder / MODEL)
         libraries = []
         for library in self.libraries:
-            path = f"lib/{library.level}/{LIBRARY}"
+            digest = hashlib.sha256(library.content).hexdigest()[:12]
+            path = f"lib/{library.level}/fusenorm_ops-{digest}.so"
             (folder / path).parent.mkdir(parents=True)
             (folder / path).write_bytes(library.content)
             libraries.append(library.as_dict(path))
@@ -273,10 +289,38 @@ def open_artifact(folder: str | os.PathLike[str]) -> Stored:
         BadInput: names the file that is missing, extra, changed or not allowed.
     """
     path = Path(folder)
+    for _ in range(_RETRIES):
+        before = _identity(path)
+        try:
+            stored = _open(path)
+        except BadInput:
+            if _identity(path) == before:
+                raise
+        else:
+            if _identity(path) == before:
+                return stored
+    raise BadInput("is being replaced over and over: try again", file=folder)
+
+
+def _identity(folder: Path) -> tuple[int, int] | None:
+    """What tells one folder from another that took its place."""
+    try:
+        status = folder.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def _open(path: Path) -> Stored:
     manifest = _read_manifest(path)
     try:
+        for key, kind in _MANIFEST_TYPES.items():
+            if not isinstance(manifest[key], kind):
+                raise TypeError(f"{key} is {type(manifest[key]).__name__}")
         entries = {str(entry["path"]): entry for entry in manifest["files"]}
         signature = Signature.from_dict(manifest["signature"])
+        for tensor in (*signature.inputs, *signature.outputs):
+            _ = tensor.numpy if tensor.dtype not in (None, "", "string") else None
         libraries = tuple(_stored_library(path, entry) for entry in manifest["libraries"])
         required = [MODEL, *(entry["path"] for entry in manifest["libraries"])]
         required += [GOLDEN_INPUTS, GOLDEN_OUTPUTS] if manifest["golden"] else []
@@ -302,6 +346,21 @@ def write_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
             archive.writestr(zipfile.ZipInfo(f"{name}.npy"), buffer.getvalue())
 
 
+# What a damaged archive or array header makes numpy and zipfile raise.
+_NPZ_ERRORS = (
+    AttributeError,
+    EOFError,
+    MemoryError,
+    NotImplementedError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
+
+
 def read_npz(path: str | os.PathLike[str], tensors: Sequence[Tensor] = ()) -> dict[str, np.ndarray]:
     """Read the arrays of an .npz; pickled objects are refused.
 
@@ -316,12 +375,12 @@ def read_npz(path: str | os.PathLike[str], tensors: Sequence[Tensor] = ()) -> di
         # Opened here, since np.load leaves a file it cannot read open.
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, AttributeError, TypeError, EOFError, zipfile.BadZipFile) as error:
+            for tensor in tensors:
+                array = arrays.get(tensor.name)
+                if array is not None and array.dtype.kind == "V" and tensor.dtype:
+                    arrays[tensor.name] = array.view(tensor.numpy)
+    except _NPZ_ERRORS as error:
         raise BadInput(f"not an .npz of plain arrays ({error})", file=path) from error
-    for tensor in tensors:
-        array = arrays.get(tensor.name)
-        if array is not None and array.dtype.kind == "V" and tensor.dtype:
-            arrays[tensor.name] = array.view(tensor.numpy)
     return arrays
 
 
@@ -449,15 +508,26 @@ def _plain(value: object) -> object:
 def _put_in_place(stage: Path, target: Path) -> None:
     """Rename stage to target; an older target ends up where stage was."""
     try:
-        if not target.exists():
-            stage.rename(target)
-        elif not _exchange(stage, target):
-            aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-            target.rename(aside)
-            stage.rename(target)
-            shutil.rmtree(aside, ignore_errors=True)
+        try:
+            stage.rename(target)  # fails on a folder that is not empty
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) or not _is_artifact(target):
+                raise
+            if not _exchange(stage, target):
+                _replace_in_two_steps(stage, target)
     except OSError as error:
         raise BadInput(f"cannot be written: {error.strerror}", file=target) from error
+
+
+def _replace_in_two_steps(stage: Path, target: Path) -> None:
+    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    target.rename(aside)
+    try:
+        stage.rename(target)
+    except OSError:
+        aside.rename(target)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def _exchange(one: Path, other: Path) -> bool:

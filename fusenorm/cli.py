@@ -56,7 +56,9 @@ Dims = Annotated[
     list[str] | None,
     typer.Option("--dim", metavar="NAME=SIZE", help="Size of a symbolic axis; repeatable."),
 ]
-Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Intra-op threads.")]
+Threads = Annotated[
+    int | None, typer.Option("--threads", min=1, max=1024, help="Intra-op threads.")
+]
 Limit = Annotated[
     int | None, typer.Option("--limit", min=0, help="Make only the first N rewrites (to bisect).")
 ]
@@ -81,6 +83,17 @@ def _command(function: Callable[P, None]) -> Callable[P, None]:
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
         try:
             function(*args, **kwargs)
+        except OSError as error:
+            if kwargs.get("debug"):
+                raise
+            where = f"{error.filename}: " if error.filename else ""
+            _say(f"{where}{error.strerror or error}")
+            raise typer.Exit(2) from error
+        except MemoryError as error:
+            if kwargs.get("debug"):
+                raise
+            _say(f"not enough memory: {error}")
+            raise typer.Exit(2) from error
         except FusenormError as error:
             if kwargs.get("debug"):
                 traceback.print_exc()
@@ -125,7 +138,7 @@ def optimize(
     destination = output or Path(
         f"{model.stem}.fnorm" if emit == "artifact" else f"{model.stem}.fused.onnx"
     )
-    if destination.resolve() == model.resolve():
+    if destination.exists() and model.exists() and destination.samefile(model):
         raise BadInput("the output would overwrite the model: choose another -o", file=destination)
     with _progress(as_json) as step:
         result = pipeline.optimize(model, options=pipeline.Options(limit=limit), progress=step)
@@ -415,6 +428,11 @@ def _save_checked(result: Result, destination: Path, check: Callable[[Path], obj
     """Save a portable model; files appear only once the check has passed."""
     if not destination.parent.is_dir():
         raise BadInput(f"no such folder: {destination.parent}", file=destination)
+    if destination.is_dir():
+        raise BadInput("is a folder: give a file name", file=destination)
+    from fusenorm.model_io import check_no_overwrite
+
+    check_no_overwrite(result.model, destination)
     with tempfile.TemporaryDirectory(prefix=".fusenorm.", dir=destination.parent) as scratch:
         files = result.save(Path(scratch, destination.name))
         check(Path(scratch, destination.name))

@@ -260,11 +260,10 @@ class _Side:
                 "give sizes with --dim NAME=SIZE or inputs with --inputs FILE.npz",
                 self.path,
             ) from error
-        return {
-            name: value
-            for name, value in zip(names, values, strict=True)
-            if isinstance(value, np.ndarray)
-        }
+        for name, value in zip(names, values, strict=True):
+            if not isinstance(value, np.ndarray) or value.dtype.kind in "OSU":
+                raise CannotRun(f"output '{name}' is no tensor of numbers: not compared", self.path)
+        return dict(zip(names, values, strict=True))
 
 
 def _outputs(

@@ -139,6 +139,22 @@ def _check_external_size(tensor: ir.ExternalTensor, file: Path) -> None:
         )
 
 
+def check_no_overwrite(model: ir.Model, file: Path) -> None:
+    """Refuse a destination whose data file is the one the model's own weights are read from.
+
+    Raises:
+        BadInput: naming the file.
+    """
+    data = (file.parent / (file.name + DATA_SUFFIX)).resolve()
+    for value in _initializers(model):
+        tensor = value.const_value
+        if isinstance(tensor, ir.ExternalTensor) and Path(tensor.path).resolve() == data:
+            raise BadInput(
+                f"{data.name} holds the weights of the model being read: choose another name",
+                file=file,
+            )
+
+
 def save_model(model: ir.Model, path: str | os.PathLike[str]) -> list[Path]:
     """Write a model, whole or not at all; large weights go to NAME.data beside it.
 
@@ -156,12 +172,16 @@ def save_model(model: ir.Model, path: str | os.PathLike[str]) -> list[Path]:
     )
     outside = any(isinstance(v.const_value, ir.ExternalTensor) for v in _initializers(model))
     data = file.name + DATA_SUFFIX if weight_bytes > EXTERNAL_DATA_BYTES or outside else None
+    check_no_overwrite(model, file)
     try:
         folder = Path(tempfile.mkdtemp(prefix=f".{file.name}.", dir=file.parent))
     except OSError as error:
         raise BadInput(f"cannot write here: {error.strerror}", file=file.parent) from error
     try:
-        ir.save(model, folder / file.name, external_data=data)
+        try:
+            ir.save(model, folder / file.name, external_data=data)
+        except OSError as error:
+            raise BadInput(f"cannot be written: {error.strerror}", file=file) from error
         written = sorted(folder.iterdir(), key=lambda part: part.name == file.name)
         for part in written:
             os.replace(part, file.parent / part.name)

@@ -14,11 +14,11 @@ from fusenorm.errors import BadInput
 from fusenorm.model_io import check_operators, load_model, save_model
 from tests.graphs import model
 
-WEIGHT = np.arange(64, dtype=np.float32).reshape(8, 8)
+WEIGHT = np.arange(128, dtype=np.float32).reshape(8, 16)  # large enough to be stored outside
 
 
 def _external(folder: Path, location: str = "weights.bin") -> Path:
-    proto = model("y = MatMul(x, w)", constants={"w": WEIGHT})
+    proto = model("y = MatMul(x, w)", outputs="float[b,s,16] y", constants={"w": WEIGHT})
     tensor = proto.graph.initializer[0]
     (folder / "weights.bin").write_bytes(tensor.raw_data)
     tensor.ClearField("raw_data")
@@ -155,7 +155,7 @@ def test_a_failed_save_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.Mo
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(ir, "save", fail)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(BadInput, match="No space"):
         save_model(ir.from_proto(model("y = Relu(x)")), path)
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
@@ -173,3 +173,14 @@ def test_check_operators_accepts_functions_and_other_domains() -> None:
 def fused_model() -> onnx.ModelProto:
     body = "sg = Sigmoid(x)\ny = Mul(x, sg)"
     return ir.to_proto(fusenorm.optimize(model(body)).model)  # type: ignore[return-value]
+
+
+def test_the_weights_being_read_are_not_overwritten(tmp_path: Path) -> None:
+    path = _external(tmp_path)
+    loaded = load_model(path)
+    save_model(loaded, tmp_path / "b.onnx")
+    again = load_model(tmp_path / "b.onnx")
+    before = (tmp_path / "b.onnx.data").read_bytes()
+    with pytest.raises(BadInput, match="holds the weights of the model being read"):
+        save_model(again, tmp_path / "b.onnx")
+    assert (tmp_path / "b.onnx.data").read_bytes() == before

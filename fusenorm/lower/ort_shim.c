@@ -9,6 +9,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 /* ---- onnxruntime ---- */
 
@@ -181,6 +182,7 @@ typedef struct {
 static CustomOp CUSTOM_OPS[OP_COUNT];
 static OrtApi api;
 static int has_shape_reference;
+static uint64_t loaded_at; /* sets this load's names apart from those saved in a model */
 
 /* An onnxruntime failure returned as it is; a value is released with `cleanup` first. */
 #define TRY(call)                      \
@@ -567,14 +569,16 @@ static void merge(int64_t* size, const char** symbol, int64_t other, const char*
    onnxruntime would take the -1 for a size. */
 static OrtStatus* write_shape(OrtShapeInferContext* context, const Op* op, const Shape* shape) {
   static atomic_uint serial;
-  char fresh[MAX_RANK][32];
+  char fresh[MAX_RANK][64];
   const char* symbols[MAX_RANK];
   int64_t sizes[MAX_RANK];
   for (size_t axis = 0; axis < shape->rank; ++axis) {
     sizes[axis] = shape->size[axis];
     symbols[axis] = sizes[axis] < 0 ? shape->symbol[axis] : "";
     if (sizes[axis] < 0 && symbols[axis][0] == 0) {
-      snprintf(fresh[axis], sizeof fresh[axis], "fusenorm_%u", atomic_fetch_add(&serial, 1u));
+      snprintf(fresh[axis], sizeof fresh[axis], "fusenorm:%llx:%llx:%u",
+               (unsigned long long)(uintptr_t)&serial, (unsigned long long)loaded_at,
+               atomic_fetch_add(&serial, 1u));
       symbols[axis] = fresh[axis];
     }
   }
@@ -675,6 +679,7 @@ __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(OrtSessionOp
   OrtStatus* status = NULL;
   while (atomic_flag_test_and_set(&lock)) continue;
   if (shared == NULL) {
+    loaded_at = ((uint64_t)time(NULL) << 24) ^ (uint64_t)clock();
     /* Asking for a version that is not there makes onnxruntime print: look first. */
     const char* dot = strchr(base->GetVersionString(), '.');
     has_shape_reference = dot != NULL && atoi(dot + 1) >= ORT_API_SHAPE_REFERENCE;

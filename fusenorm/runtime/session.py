@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,23 @@ ORT_ERRORS: tuple[type[Exception], ...] = tuple(
 LOAD_ERRORS: tuple[type[Exception], ...] = (*ORT_ERRORS, ValueError)
 
 _ORT_TYPES = {"float": "float32", "double": "float64"}
+
+
+MOST_THREADS = 1024
+# Options that hold a library already: onnxruntime takes one library of a domain per options.
+_REGISTERED: weakref.WeakKeyDictionary[Any, Path] = weakref.WeakKeyDictionary()
+
+
+def _register(options: ort.SessionOptions, library: Path, source: Path) -> None:
+    held = _REGISTERED.get(options)
+    if held is None:
+        options.register_custom_ops_library(os.fspath(library))
+        _REGISTERED[options] = library
+    elif held != library:
+        raise BadInput(
+            f"session_options hold the library of another artifact ({held}): give fresh ones",
+            file=source,
+        )
 
 
 class Session(ort.InferenceSession):  # type: ignore[misc]
@@ -56,6 +74,7 @@ class Session(ort.InferenceSession):  # type: ignore[misc]
             tuple(_tensor(node) for node in self.get_inputs()),
             tuple(_tensor(node) for node in self.get_outputs()),
         )
+        self._overridable = {node.name for node in self.get_overridable_initializers()}
 
     def run(
         self,
@@ -88,7 +107,8 @@ class Session(ort.InferenceSession):  # type: ignore[misc]
         super().run_async(output_names, input_feed, callback, user_data, run_options)
 
     def _check(self, output_names: Sequence[str] | None, feed: Mapping[str, Any]) -> None:
-        self.signature.check({name: _viewed(value) for name, value in feed.items()}, self.source)
+        given = {n: _viewed(v) for n, v in feed.items() if n not in self._overridable}
+        self.signature.check(given, self.source)
         known = [tensor.name for tensor in self.signature.outputs]
         for name in output_names or ():
             if name not in known:
@@ -128,8 +148,8 @@ def load(
     source = path.path if isinstance(path, Stored) else Path(path)
     options = session_options if session_options is not None else ort.SessionOptions()
     if threads is not None:
-        if threads < 1:
-            raise BadInput(f"threads is {threads}: give 1 or more")
+        if not 1 <= threads <= MOST_THREADS:
+            raise BadInput(f"threads is {threads}: give 1 to {MOST_THREADS}")
         options.intra_op_num_threads = threads
     chosen = None
     model = source
@@ -142,7 +162,7 @@ def load(
         raise BadInput("no such file", file=source)
     try:
         if chosen is not None:
-            options.register_custom_ops_library(os.fspath(chosen.path.resolve()))
+            _register(options, chosen.path.resolve(), source)
         return Session(
             model, options, providers or ["CPUExecutionProvider"], library=chosen, source=source
         )

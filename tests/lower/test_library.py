@@ -19,7 +19,10 @@ from fusenorm.lower.target import Level
 from fusenorm.ops import Gated, Norm
 
 SPECS = (Norm(skip=True), Norm(dtype="f16", scale="f16"), Gated("gelu"), Gated("swish", "gate_up"))
-LIBC = {"calloc", "free", "memcpy", "memset", "snprintf", "strchr", "strcmp", "strtol"}
+LIBC = {
+    *("calloc", "free", "memcpy", "memset", "snprintf", "strchr", "strcmp", "strtol"),
+    *("clock", "time"),
+}
 
 
 @pytest.fixture(scope="module")

@@ -29,6 +29,7 @@ clean:
 $(VENV)/.core: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(INSTALL) -e .
+	command -v cc || command -v gcc || command -v clang || $(INSTALL) ziglang # a linker
 	touch $@
 
 $(VENV)/.test: $(VENV)/.core

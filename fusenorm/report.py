@@ -144,6 +144,7 @@ def _fused(node: ir.Node) -> Site:
         attributes["activation"] = spec.activation
         if spec.layout != "none":
             attributes["layout"] = spec.layout
+            attributes["variant"] = spec.row.gated
     for name in spec.attributes:
         attributes[name] = node.attributes[name].as_float()
     if isinstance(spec, Norm) and spec.skip:

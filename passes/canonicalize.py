@@ -16,25 +16,34 @@ _NO_TENSOR = re.compile("Sequence|Optional")
 _RANDOM = re.compile("Random|Bernoulli|Multinomial|Dropout")
 
 
-class RemoveNoOpCasts(ir.passes.InPlacePass):
-    """A Cast to the type its input has is the input."""
+class RemoveNoOps(ir.passes.InPlacePass):
+    """An Identity, or a Cast to the type its input has, is its input.
 
-    name = "remove_no_op_casts"
+    It stays where it gives a graph output its name or its own node.
+    """
+
+    name = "remove_no_ops"
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         modified = False
         for graph in model.graphs():
             for node in list(graph):
-                if node.op_type != "Cast" or node.domain != "":
+                if not _is_no_op(node) or node.outputs[0].is_graph_output():
                     continue
-                source, out = node.inputs[0], node.outputs[0]
-                if source is None or source.dtype is None or out.is_graph_output():
-                    continue
-                if source.dtype == ir.DataType(node.attributes["to"].as_int()):
-                    out.replace_all_uses_with(source)
-                    graph.remove(node, safe=True)
-                    modified = True
+                source = node.inputs[0]
+                assert source is not None
+                node.outputs[0].replace_all_uses_with(source)
+                graph.remove(node, safe=True)
+                modified = True
         return ir.passes.PassResult(model, modified)
+
+
+def _is_no_op(node: ir.Node) -> bool:
+    if node.domain != "" or not node.inputs or node.inputs[0] is None:
+        return False
+    if node.op_type == "Cast":
+        return node.inputs[0].dtype == ir.DataType(node.attributes["to"].as_int())
+    return node.op_type == "Identity"
 
 
 class PlainSpellings(ir.passes.InPlacePass):
@@ -106,26 +115,6 @@ class FixedInitializers(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, True)
 
 
-class RemoveIdentities(ir.passes.InPlacePass):
-    """An Identity is its input, unless it gives a graph output its name or its own node."""
-
-    name = "remove_identities"
-
-    def call(self, model: ir.Model) -> ir.passes.PassResult:
-        modified = False
-        for graph in model.graphs():
-            for node in list(graph):
-                if node.op_type != "Identity" or node.domain != "":
-                    continue
-                source, out = node.inputs[0], node.outputs[0]
-                if source is None or out.is_graph_output():
-                    continue
-                out.replace_all_uses_with(source)
-                graph.remove(node, safe=True)
-                modified = True
-        return ir.passes.PassResult(model, modified)
-
-
 class InferShapes(ir.passes.InPlacePass):
     """ONNX shape inference with data propagation; a model it cannot handle stays as it is.
 
@@ -176,11 +165,11 @@ class Canonicalize(ir.passes.Sequential):
             InlineFunctions(),
             UnfuseContrib(),
             common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
-            RemoveIdentities(),
+            RemoveNoOps(),
             common.RemoveUnusedNodesPass(),
             InferShapes(),
             PlainSpellings(),
-            RemoveNoOpCasts(),
+            RemoveNoOps(),
             FoldConstants(),
             InferShapes(),
             MergeEqual(),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import inspect
 from collections.abc import Callable, Mapping
 from typing import ClassVar
 
@@ -83,8 +84,6 @@ class Rule(abc.ABC):
 
     @property
     def documentation(self) -> str:
-        import inspect
-
         return inspect.cleandoc(type(self).__doc__ or "")
 
     @property

@@ -274,3 +274,4 @@ def test_18_constants_of_one_model_are_not_given_to_another() -> None:
         assert fused_ops(report) == ["GLU"]
         assert report.sites[0].attributes["beta"] == pytest.approx(alpha)
         assert report.sites[0].attributes["layout"] == "pair"
+        assert report.sites[0].attributes["variant"] == "SwiGLU"

@@ -114,7 +114,17 @@ def test_an_epsilon_of_higher_rank_would_raise_the_output_s() -> None:
     body = _rms()
     constants = {**LAST, "eps": np.float32([[[1e-5]]])}
     proto = model(body, "float[s,8] x", "float[1,s,8] y", constants=constants)
-    assert fused_ops(same(proto, {"x": rows(3, 8)})) == []
+    report = same(proto, {"x": rows(3, 8)})
+    assert fused_ops(report) == []
+    assert "not_scalar" in reasons(report)
+
+
+def test_f64_is_left_in_f64() -> None:
+    constants = {**LAST, "eps": np.float64(1e-5)}
+    proto = model(_rms(), "double[b,s,8] x", "double[b,s,8] y", constants=constants)
+    report = same(proto, {"x": X["x"].astype(np.float64)}, bound=1e-15)
+    assert fused_ops(report) == []
+    assert "types" in reasons(report)
 
 
 def test_the_scale_may_not_be_computed_from_the_sum() -> None:
@@ -194,8 +204,10 @@ def test_a_product_that_might_broadcast_is_no_glu() -> None:
 
 
 def test_statistics_do_not_have_the_rows_shape() -> None:
-    body = "n, mean = LayerNormalization(x, g)\na = Sigmoid(mean)\ny = Mul(a, n)"
-    report = same(model(body, constants={"g": GAMMA}), X)
+    body = "n, mean = LayerNormalization<axis = 1>(x, g)\na = Sigmoid(mean)\ny = Mul(a, n)"
+    constants = {"g": GAMMA[:4].reshape(4, 1)}
+    proto = model(body, "float[b,4,1] x", "float[b,4,1] y", constants=constants)
+    report = same(proto, {"x": rows(2, 4, 1)})
     assert "GLU" not in fused_ops(report)
 
 

@@ -1,4 +1,4 @@
-"""GELU and Swish from the elementary functions exporters write them in."""
+"""GELU, Swish and squared ReLU from the elementary functions exporters write them in."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ from fusenorm.passes.spelling import (
     mul,
     one_of,
     sigmoid,
+    square,
     storage,
     tanh_argument,
     wide,
@@ -63,6 +64,14 @@ def swish_pattern() -> Pattern:
             div(x, Named("inner", add(Op("Exp", (negative,)), Const(1)))),
         )
     )
+
+
+def relu2_pattern() -> Pattern:
+    """max(x, 0)²."""
+    x = wide(Var("x"))
+    zero = Const(0)
+    relu = one_of(Op("Relu", (x,)), Op("Max", (x, zero)), Op("Max", (zero, x)))
+    return storage(square(relu))
 
 
 class ActivationRule(Rule):
@@ -212,10 +221,36 @@ class FuseSwish(ActivationRule):
         )
 
 
+class FuseRelu2(ActivationRule):
+    """The square of a ReLU becomes one op.
+
+    ## What it matches
+    relu(x) squared by Pow 2 or a product with itself; relu as Relu or Max with 0.
+
+    ## Formula
+    y = max(x, 0)².
+
+    ## Numerics
+    One rounding, as in the graph: the square of a 16-bit number is exact in f32.
+
+    ## Refuses
+    `different_operand`: a product of two values' ReLUs. `types`, `check_failed`.
+
+    ## References
+    arXiv 2109.08668.
+    """
+
+    name = "relu2"
+    op = "Relu2"
+    roots = frozenset({"Mul", "Pow", "Cast"})
+    activation = "relu2"
+    algebra = staticmethod(relu2_pattern)
+
+
 class FuseActivation(RewritePass):
     """The pass of the activation rules."""
 
     name = "fuse_activation"
 
     def __init__(self, check: Check | None = None, budget: list[int] | None = None) -> None:
-        super().__init__((FuseGelu(), FuseGeluTanh(), FuseSwish()), check, budget)
+        super().__init__((FuseGelu(), FuseGeluTanh(), FuseSwish(), FuseRelu2()), check, budget)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 
+import numpy as np
 import onnx_ir as ir
 
 from fusenorm.ops.activation import Gated, GateLayout
-from fusenorm.ops.spec import DOMAIN
+from fusenorm.ops.spec import DOMAIN, DTYPES
 from fusenorm.passes import facts
 from fusenorm.passes.pattern import (
     Const,
@@ -18,11 +20,13 @@ from fusenorm.passes.pattern import (
     Refusal,
     Scalar,
     Speller,
+    State,
     Var,
     matches,
     node_name,
 )
 from fusenorm.passes.rewrite import Check, Rewrite, RewritePass, Rule
+from fusenorm.passes.speller import WIDTH
 from fusenorm.passes.spelling import (
     add,
     erf_argument,
@@ -44,7 +48,18 @@ class _Act:
     nodes: tuple[ir.Node, ...]
 
 
+@dataclasses.dataclass(frozen=True)
+class _Clamped:
+    """A value held inside [low, high], and the nodes that do it."""
+
+    source: ir.Value
+    low: float
+    high: float
+    nodes: tuple[ir.Node, ...] = ()
+
+
 _SIGMOID = sigmoid(Var("gate"))
+_PLUS_ONE = add(Var("up"), Const(1))
 
 
 def read_activation(value: ir.Value) -> _Act | None:
@@ -78,27 +93,75 @@ def read_activation(value: ir.Value) -> _Act | None:
     return _Act(Gated(activation, "none", dtype), node.inputs[0], attributes, (node,))
 
 
+def read_clamp(value: ir.Value) -> _Clamped:
+    """What `value` is before Clip, Min and Max with constant bounds, however they are nested.
+
+    A Clip without a bound stops at the type's largest number (so the standard says, and
+    onnxruntime does); Min and Max leave infinities alone.
+    """
+    node = value.producer()
+    bounds = _bounds(node) if node is not None and node.domain == "" else None
+    if node is None or bounds is None:
+        return _Clamped(value, -math.inf, math.inf)
+    source, low, high = bounds
+    inner = read_clamp(source)
+    return _Clamped(
+        inner.source,
+        min(max(inner.low, low), high),
+        min(max(inner.high, low), high),
+        (*inner.nodes, node),
+    )
+
+
+def _bounds(node: ir.Node) -> tuple[ir.Value, float, float] | None:
+    """The operand a node clamps and its bounds, low below high; None for any other node."""
+    if node.op_type == "Clip" and node.inputs[0] is not None and not node.attributes:
+        dtype = facts.dtype_of(node.inputs[0])
+        if dtype is None:
+            return None
+        largest = DTYPES[dtype].largest
+        given = [*node.inputs[1:], None, None][:2]
+        low, high = (
+            default if bound is None else facts.scalar(bound)
+            for bound, default in zip(given, (-largest, largest), strict=True)
+        )
+        if low is None or high is None or not low <= high:
+            return None
+        return node.inputs[0], low, high
+    if node.op_type in ("Min", "Max") and len(node.inputs) == 2:
+        for source, bound in (node.inputs, tuple(reversed(node.inputs))):
+            number = facts.scalar(bound)
+            if source is not None and number is not None and not math.isnan(number):
+                least = node.op_type == "Min"
+                return source, -math.inf if least else number, number if least else math.inf
+    return None
+
+
 class FuseGLU(Rule):
     """The product of an activated gate and its linear twin becomes one op.
 
     ## What it matches
-    act(g)·u in either order, act one of sigmoid, ReLU, GELU (erf, tanh), Swish with any β, or
-    none (bilinear). g and u are two tensors of provably one shape, or the two halves of one
-    (Split, Slice, or interleaved columns), either half being the gate. Bilinear needs both to
-    be halves of one tensor or linear maps of one input. The standard SwiGLU op.
+    act(g)·u in either order, act one of sigmoid, ReLU and its square, GELU (erf, tanh), Swish
+    with any β, or none (bilinear). g and u are two tensors of provably one shape, or the two
+    halves of one (Split, Slice, Gather, interleaved columns, a view [..., 2, D] or [..., D, 2]),
+    either half being the gate. Bilinear needs both to be halves of one tensor or linear maps of
+    one input. SwiGLU with g, or act(g), and u clamped to one limit, u + 1 after that or not
+    (GPT-OSS, DeepSeek-V4, Step-3). The standard SwiGLU op.
 
     ## Formula
-    y = act(g)∘u.
+    y = act(g)∘u; clamped: y = act(min(g, limit))∘(clip(u, -limit, limit) + 1).
 
     ## Numerics
-    act(g) is rounded to the storage type before the product where the graph rounds it.
+    act(g) is rounded to the storage type before the product where the graph rounds it. Clamps
+    keep NaN; a Clip without a minimum raises -inf to the lowest number, Min does not.
 
     ## Refuses
     `shapes_not_proved`: the product might broadcast. `activation_shared`: act(g) has other
-    readers, so it must be computed anyway. `types`, `check_failed`.
+    readers, so it must be computed anyway. `activation_clamped`: act(g) is clamped, u not to the
+    same limit. `types`, `check_failed`.
 
     ## References
-    arXiv 2002.05202; ONNX SwiGLU-28.
+    arXiv 2002.05202; ONNX SwiGLU-28; arXiv 2508.10925 (GPT-OSS).
     """
 
     name = "glu"
@@ -118,21 +181,24 @@ class FuseGLU(Rule):
         return mul(activated, up)
 
     def example(self, speller: Speller) -> None:
-        """Two tensors, or the halves of one by Split or Slice, or interleaved columns."""
-        layout = speller.pick(4)
+        """Two tensors or the halves of one, in every way; clamped as GPT-OSS does, or not."""
+        layout = speller.pick(7)
         names = ("gate", "up") if layout == 0 or not speller.pick(2) else ("up", "gate")
-        speller.scalar("beta", 1.5)
-        if layout == 0:
-            for name in names:
-                speller.row(name)
-            return
-        packed = speller.row("x", factor=2)
+        packed = None if layout == 0 else speller.row("x", factor=2)
         for part, name in enumerate(names):
-            speller.values[name] = (
-                speller.split(packed, part)
-                if layout == 1
-                else speller.columns(packed, part, interleaved=layout == 3)
-            )
+            if packed is None:
+                speller.row(name)
+            else:
+                speller.values[name] = _spell_half(speller, packed, part, layout)
+        speller.scalar("beta", 1.5)
+        form = speller.pick(3)
+        if form:
+            gate, up = speller.values["gate"], speller.values["up"]
+            speller.values["gate"] = _spell_clamp(speller, gate, -3.0)
+            speller.values["up"] = _spell_clamp(speller, up, -2.0)
+        if form == 2:
+            one = speller.number(1.0, speller.dtype)
+            speller.values["up"] = speller.node("Add", [speller.values["up"], one])
 
     def propose(self, root: ir.Node) -> Rewrite | Miss | None:
         a, b = root.inputs
@@ -142,10 +208,11 @@ class FuseGLU(Rule):
             return self._standard(root, a, b)
         nearest: Miss | None = None
         for activated, up in ((a, b), (b, a)):
-            act = read_activation(activated)
-            if act is None or act.gate is up:
+            held = read_clamp(activated)
+            act = read_activation(held.source)
+            if act is None or act.gate is up or facts.constant(up) is not None:
                 continue
-            outcome = self._gate(root, act, activated, up)
+            outcome = self._gate(root, act, held, up)
             if isinstance(outcome, Rewrite):
                 return outcome
             nearest = outcome
@@ -156,21 +223,27 @@ class FuseGLU(Rule):
         dtype, alpha = facts.dtype_of(gate), root.attributes.get("alpha")
         if dtype is None:
             return None
-        layout, inputs = _layout(gate, up)
-        return Rewrite(
-            rule=self.name,
-            spec=Gated("swish", layout, dtype),
-            inputs=inputs,
-            attributes={"beta": 1.0 if alpha is None else alpha.as_float()},
-            outputs=(root.outputs[0],),
-            nodes=(root,),
-        )
+        beta = 1.0 if alpha is None else alpha.as_float()
+        act = _Act(Gated("swish", "none", dtype), gate, {"beta": beta}, ())
+        return self._unit(root, act, _Clamped(gate, -math.inf, math.inf), up)
 
-    def _gate(self, root: ir.Node, act: _Act, activated: ir.Value, up: ir.Value) -> Rewrite | Miss:
-        nodes = (*act.nodes, root)
-        if len(activated.uses()) > 1 or activated.is_graph_output():
-            detail = f"{activated.name} has other readers"
-            return Miss(nodes, Refusal("activation_shared", node_name(root), detail))
+    def _gate(self, root: ir.Node, act: _Act, held: _Clamped, up: ir.Value) -> Rewrite | Miss:
+        for value in (held.source, *(node.outputs[0] for node in held.nodes)):
+            if len(value.uses()) > 1 or value.is_graph_output():
+                detail = f"{value.name} has other readers"
+                refusal = Refusal("activation_shared", node_name(root), detail)
+                return Miss((*act.nodes, *held.nodes, root), refusal)
+        return self._unit(root, act, held, up)
+
+    def _unit(self, root: ir.Node, act: _Act, held: _Clamped, up: ir.Value) -> Rewrite | Miss:
+        nodes = (*act.nodes, *held.nodes, root)
+        clamped = _clamped(act, held, up)
+        if clamped is not None:
+            act, up, inner = clamped
+            nodes = (*inner, *nodes)
+        elif held.nodes:
+            detail = f"the activated gate is clamped, {up.name} is not or not to its limit"
+            return Miss(nodes, Refusal("activation_clamped", node_name(root), detail))
         return self._rewrite(root, act.spec, act.attributes, act.gate, up, nodes)
 
     def _bilinear(self, root: ir.Node, a: ir.Value, b: ir.Value) -> Rewrite | Miss | None:
@@ -194,10 +267,13 @@ class FuseGLU(Rule):
         nodes: tuple[ir.Node, ...],
     ) -> Rewrite | Miss:
         layout, inputs = _layout(gate, up)
-        if layout == "pair" and not facts.same_shape(gate, up):
+        proved = root.op_type == "SwiGLU" or facts.same_shape(gate, up)
+        if layout == "pair" and not proved:
             detail = f"{gate.name} and {up.name} are not provably of one shape"
             return Miss(nodes, Refusal("shapes_not_proved", node_name(root), detail))
-        split = (gate.producer(), up.producer()) if layout != "pair" else ()
+        parts = (gate, up) if layout != "pair" else ()
+        split = (value.producer() for value in parts)
+        views = [view for view in map(facts.view_of, parts) if view is not None]
         return Rewrite(
             rule=self.name,
             spec=dataclasses.replace(act, layout=layout),
@@ -205,7 +281,43 @@ class FuseGLU(Rule):
             attributes=attributes,
             outputs=(root.outputs[0],),
             nodes=(*dict.fromkeys(node for node in split if node is not None), *nodes),
+            shapes={view.source: (*_lead(view), math.prod(view.pair)) for view in views},
+            computed={view.target: (*_lead(view), *view.pair) for view in views},
         )
+
+
+def _lead(view: facts.View) -> tuple[int, ...]:
+    """Leading dimensions to try a view with, all of them different."""
+    rank = facts.rank(view.source)
+    assert rank is not None
+    return tuple(range(4, 4 + rank - 1))
+
+
+def _clamped(
+    act: _Act, held: _Clamped, up: ir.Value
+) -> tuple[_Act, ir.Value, tuple[ir.Node, ...]] | None:
+    """A gated unit's act, its up before clamp and shift, and the nodes of clamps and shift.
+
+    None where up and the gate (or `held`, its activation) are not clamped as the op family has
+    it; clamps then stay in front of a plain unit.
+    """
+    found = next(iter(matches(_PLUS_ONE, up)))
+    added = found if isinstance(found, State) else State({"up": up})
+    inner = read_clamp(added.bindings["up"])
+    gate = _Clamped(act.gate, -math.inf, math.inf) if held.nodes else read_clamp(act.gate)
+    outer = held if held.nodes else gate
+    spec = dataclasses.replace(
+        act.spec,
+        layout="pair",
+        clamp="act" if held.nodes else "gate",
+        plus1=bool(added.nodes),
+    )
+    alike = 0 < outer.high == inner.high == -inner.low
+    if not inner.nodes or not alike or Gated.parse(spec.op_type) != spec:
+        return None
+    attributes = {**act.attributes, "floor": outer.low, "limit": outer.high}
+    nodes = (*gate.nodes, *inner.nodes, *added.nodes)
+    return _Act(spec, gate.source, attributes, act.nodes), inner.source, nodes
 
 
 def _layout(gate: ir.Value, up: ir.Value) -> tuple[GateLayout, tuple[ir.Value, ...]]:
@@ -230,6 +342,30 @@ def _linear_input(value: ir.Value) -> ir.Value | None:
     if facts.constant(node.inputs[1]) is None:
         return None
     return node.inputs[0]
+
+
+def _spell_half(speller: Speller, packed: ir.Value, part: int, layout: int) -> ir.Value:
+    """One half of the columns by Split, Slice, Gather or a view of pairs."""
+    if layout == 1:
+        return speller.split(packed, part)
+    if layout in (2, 3):
+        return speller.columns(packed, part, interleaved=layout == 3)
+    if layout == 4:
+        columns = np.arange(WIDTH) + part * WIDTH
+        return speller.node("Gather", [packed, speller.constant(columns)], axis=-1)
+    pair = (2, WIDTH) if layout == 5 else (WIDTH, 2)
+    target = np.array([*[0] * (speller.rank - 1), *pair], np.int64)
+    view = speller.node("Reshape", [packed, speller.constant(target)])
+    place = speller.constant(np.array(part, np.int64))
+    return speller.node("Gather", [view, place], axis=-2 if layout == 5 else -1)
+
+
+def _spell_clamp(speller: Speller, value: ir.Value, low: float) -> ir.Value:
+    """`value` inside [low, 2]."""
+    lowest, limit = (speller.number(bound, speller.dtype) for bound in (low, 2.0))
+    if not speller.pick(2):
+        return speller.node("Clip", [value, lowest, limit])
+    return speller.node("Min", [speller.node("Max", [value, lowest]), limit])
 
 
 class FuseGatedUnit(RewritePass):

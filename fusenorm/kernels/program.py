@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 import onnx
 
-from fusenorm.ops import DTYPES, DType, OpSpec, Slot
+from fusenorm.ops import DTYPES, Attention, DType, Linear, OpSpec, Slot
 from fusenorm.ops.spec import DTYPE_OF_ONNX
 
 Kind = Literal["literal", "attribute", "row", "element"]
@@ -139,6 +139,8 @@ def supports(spec: OpSpec) -> str | None:
     """None if the op has a CPU kernel, else the reason why not."""
     if any(slot.dtype == "f64" for slot in (*spec.inputs, *spec.outputs)):
         return "f64 has no CPU kernel"
+    if isinstance(spec, Linear | Attention):
+        return None
     try:
         row_program(spec)
     except NotImplementedError as error:
@@ -197,6 +199,8 @@ class _Reader:
             self._split(proto)
         elif proto.op_type == "Slice":
             self._slice(proto)
+        elif proto.op_type == "Clip":
+            self._clip(proto)
         elif len(proto.input) == _ARITY.get(proto.op_type):
             self._elementwise(proto)
         else:
@@ -229,11 +233,21 @@ class _Reader:
                 rounded = float(np.asarray(reads[0].literal).astype(DTYPES[dtype].numpy))
                 self._define(Value(name, dtype, "literal", rounded), 0)
                 return
-        kind = max((read.kind for read in reads), key=_KINDS.index)
+        self._apply(Node(proto.op_type, tuple(proto.input), name), dtype)
+
+    def _apply(self, node: Node, dtype: DType) -> None:
+        kind = max((self.values[read].kind for read in node.inputs), key=_KINDS.index)
         if kind == "literal":
             kind = "attribute"
-        self.nodes[name] = Node(proto.op_type, tuple(proto.input), name)
-        self._define(Value(name, dtype, kind), max(self.depth[read] for read in proto.input))
+        self.nodes[node.output] = node
+        self._define(Value(node.output, dtype, kind), max(self.depth[read] for read in node.inputs))
+
+    def _clip(self, proto: onnx.NodeProto) -> None:
+        """Clip between two bounds; the value goes first, so that its NaN stays."""
+        value, low, high = proto.input
+        (name,), dtype = proto.output, self.values[value].dtype
+        self._apply(Node("Max", (value, low), f"{name}_raised"), dtype)
+        self._apply(Node("Min", (f"{name}_raised", high), name), dtype)
 
     def _mean(self, proto: onnx.NodeProto) -> None:
         read = self.values[proto.input[0]]

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fusenorm.errors import BadInput, FusenormError
-from fusenorm.kernels import supports
+from fusenorm.kernels import supports, symbols
 from fusenorm.lower.elf import read_needs
 from fusenorm.lower.table import table
 from fusenorm.lower.target import Target
@@ -132,7 +132,7 @@ def compile_module(specs: Sequence[OpSpec], target: Target) -> Any:
         {
             name: function
             for spec in specs
-            for name, function in zip(cpu.symbols(spec), cpu.cpu(spec, target.level), strict=True)
+            for name, function in zip(symbols(spec), cpu.cpu(spec, target.level), strict=True)
         },
         target.tvm,
     )

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from fusenorm.kernels import row_program, symbols
 from fusenorm.lower.target import Target
-from fusenorm.ops import DTYPES, FAMILIES, OpSpec, Slot
+from fusenorm.ops import DTYPES, FAMILIES, Attention, Linear, OpSpec, Slot
 
 
 def table(specs: Sequence[OpSpec], target: Target) -> str:
@@ -34,14 +34,28 @@ def table(specs: Sequence[OpSpec], target: Target) -> str:
 
 def _row(spec: OpSpec) -> str:
     kernels = [f"__tvm_ffi_{name}" for name in symbols(spec)]
-    numbers = (row_program(spec).flat, len(spec.inputs), len(spec.outputs), len(spec.attributes))
+    numbers = (_parts(spec), len(spec.inputs), len(spec.outputs), len(spec.attributes))
     attributes = ", ".join(f'"{name}"' for name in spec.attributes) or "0"
     return (
-        f'  {{"{spec.op_type}", {kernels[0]}, {kernels[-1]}, '
-        f"{', '.join(str(int(number)) for number in numbers)},\n"
+        f'  {{"{spec.op_type}", {kernels[0]}, {kernels[-1]}, {_kind(spec)}, '
+        f"{', '.join(str(number) for number in numbers)},\n"
         f"   {{{', '.join(_slot(slot) for slot in spec.inputs)}}},\n"
         f"   {{{', '.join(_slot(slot) for slot in spec.outputs)}}}, {{{attributes}}}}},"
     )
+
+
+def _kind(spec: OpSpec) -> str:
+    if isinstance(spec, Linear):
+        return "LINEAR"
+    if isinstance(spec, Attention):
+        return "ATTENTION"
+    return "FLAT" if row_program(spec).flat else "ROWS"
+
+
+def _parts(spec: OpSpec) -> int:
+    gated = isinstance(spec, Linear) and spec.gated
+    grouped = isinstance(spec, Attention) and spec.grouped
+    return 2 if gated or grouped else 1
 
 
 def _slot(slot: Slot) -> str:

@@ -43,10 +43,9 @@ class Target:
         Raises:
             BadInput: there is none.
         """
-        flags = _flags()
         for level in _FEATURES:
             target = cls("cpu", level)
-            if target.machine == _machine() and not target.missing_features(flags):
+            if target.runs_here:
                 return target
         raise BadInput(f"no CPU level suits this {platform.machine()} machine")
 
@@ -73,6 +72,11 @@ class Target:
     def features(self) -> tuple[str, ...]:
         """CPU features the level needs, as /proc/cpuinfo spells them."""
         return _FEATURES[self.level]
+
+    @property
+    def runs_here(self) -> bool:
+        """Whether this machine can run a library of this level."""
+        return self.machine == _machine() and not self.missing_features(_flags())
 
     def missing_features(self, flags: Collection[str]) -> tuple[str, ...]:
         """The features that are not among `flags`."""

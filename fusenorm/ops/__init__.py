@@ -7,6 +7,8 @@ numpy reference beside it checks the body. `parse` turns an op_type back into it
 from __future__ import annotations
 
 from fusenorm.ops.activation import ACTIVATIONS, Activation, Gated
+from fusenorm.ops.attention import Attention
+from fusenorm.ops.linear import Linear
 from fusenorm.ops.norm import Norm
 from fusenorm.ops.spec import DOMAIN, DTYPES, DType, OpSpec, Slot
 
@@ -15,9 +17,12 @@ __all__ = [
     "DOMAIN",
     "DTYPES",
     "FAMILIES",
+    "REGIONS",
     "Activation",
+    "Attention",
     "DType",
     "Gated",
+    "Linear",
     "Norm",
     "OpSpec",
     "Slot",
@@ -25,11 +30,14 @@ __all__ = [
 ]
 
 FAMILIES: tuple[type[OpSpec], ...] = (Norm, Gated)
+"""Ops over rows: what optimize finds in a graph."""
+REGIONS: tuple[type[OpSpec], ...] = (Linear, Attention)
+"""Ops with contractions: what compile makes of the graph around them."""
 
 
 def parse(op_type: str) -> OpSpec | None:
     """The declaration a fused node's op_type names, or None if no family knows it."""
-    for family in FAMILIES:
+    for family in (*FAMILIES, *REGIONS):
         spec = family.parse(op_type)
         if spec is not None:
             return spec

@@ -71,6 +71,11 @@ def _write_gelu_tanh(body: Body, x: str, dtype: DType) -> str:
     return body.let("act", "Mul (act_half, act_sum)")
 
 
+def _write_relu2(body: Body, x: str, dtype: DType) -> str:
+    body.let("act_relu", f"Relu ({x})")
+    return body.let("act", "Mul (act_relu, act_relu)")
+
+
 def _write_swish(body: Body, x: str, dtype: DType) -> str:
     body.let("act_scaled", f"Mul ({x}, {body.constant('act_beta', '@beta', dtype)})")
     body.let("act_sigmoid", "Sigmoid (act_scaled)")
@@ -87,6 +92,13 @@ ACTIVATIONS: dict[str, Activation] = {
             lambda body, x, dtype: body.let("act", f"Relu ({x})"),
             lambda x: np.maximum(x, 0),
             gated="ReGLU",
+        ),
+        Activation(
+            "relu2",
+            _write_relu2,
+            lambda x: np.maximum(x, 0) ** 2,
+            family="Relu2",
+            gated="ReGLU2",
         ),
         Activation(
             "gelu",
@@ -114,6 +126,14 @@ ACTIVATIONS: dict[str, Activation] = {
 }
 
 GateLayout = Literal["none", "pair", "gate_up", "up_gate", "interleaved"]
+Clamp = Literal["none", "gate", "act"]
+# The forms of a gated unit; those after the first are SwiGLU's only.
+_CLAMPED: tuple[tuple[Clamp, bool], ...] = (
+    ("none", False),
+    ("gate", False),
+    ("gate", True),
+    ("act", False),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,12 +148,17 @@ class Gated(OpSpec):
         dtype: storage type of every input and output.
         precision: `f32` computes the activation in f32 and rounds it once to `dtype` (what the
             standard ops do); `storage` rounds every node, as decomposed 16-bit exports do.
+        clamp: what is held inside [floor, limit] while up is inside [-limit, limit]: the `gate`
+            (GPT-OSS) or its activation (`act`, Step-3). NaN stays.
+        plus1: 1 is added to up after that (GPT-OSS: y = act(gate)∘(up + 1)).
     """
 
     activation: str = "swish"
     layout: GateLayout = "none"
     dtype: DType = "f32"
     precision: Literal["f32", "storage"] = "f32"
+    clamp: Clamp = "none"
+    plus1: bool = False
 
     @property
     def row(self) -> Activation:
@@ -143,14 +168,15 @@ class Gated(OpSpec):
     def family(self) -> str:
         if self.layout != "none":
             return "GLU"
-        assert self.row.family is not None
-        return self.row.family
+        return self.row.family or self.activation.capitalize()
 
     @property
     def tokens(self) -> tuple[str, ...]:
         tokens = (
             [self.activation] if self.layout != "none" or self.activation == "gelu_tanh" else []
         )
+        tokens += [f"clamp{self.clamp}"] if self.clamp != "none" else []
+        tokens += ["plus1"] if self.plus1 else []
         tokens += [self.layout] if self.layout not in ("none", "pair") else []
         tokens += [self.dtype] if self.dtype != "f32" else []
         tokens += ["stepwise"] if self.precision == "storage" else []
@@ -163,9 +189,11 @@ class Gated(OpSpec):
         for row, layout, dtype in itertools.product(ACTIVATIONS.values(), layouts, dtypes):
             if layout == "none" and row.family is None:
                 continue
-            yield cls(row.name, layout, dtype)
-            if dtype in ("f16", "bf16") and row.name != "identity":
-                yield cls(row.name, layout, dtype, "storage")
+            forms = _CLAMPED if row.name == "swish" and layout != "none" else _CLAMPED[:1]
+            for form in forms:
+                yield cls(row.name, layout, dtype, "f32", *form)
+                if dtype in ("f16", "bf16") and row.name != "identity":
+                    yield cls(row.name, layout, dtype, "storage", *form)
 
     @property
     def inputs(self) -> tuple[Slot, ...]:
@@ -181,7 +209,7 @@ class Gated(OpSpec):
 
     @property
     def attributes(self) -> tuple[str, ...]:
-        return self.row.attributes
+        return (*self.row.attributes, *(("floor", "limit") if self.clamp != "none" else ()))
 
     def write(self, body: Body) -> None:
         if self.layout == "gate_up":
@@ -191,16 +219,27 @@ class Gated(OpSpec):
         elif self.layout == "interleaved":
             body.stride("gate", "x", 0)
             body.stride("up", "x", 1)
-        gate = "x" if self.layout == "none" else "gate"
+        gate, up = "x" if self.layout == "none" else "gate", "up"
+        if self.clamp != "none":
+            limit = body.constant("clamp_limit", "@limit", self.dtype)
+            floor = body.constant("clamp_floor", "@floor", self.dtype)
+            lowest = body.let("clamp_lowest", f"Neg ({limit})")
+            up = body.let("up_clamped", f"Clip ({up}, {lowest}, {limit})")
+        if self.clamp == "gate":
+            gate = body.let("gate_clamped", f"Clip ({gate}, {floor}, {limit})")
+        if self.plus1:
+            up = body.let("up_plus1", f"Add ({up}, {body.constant('up_one', 1.0, self.dtype)})")
         exact = self.precision == "storage" or self.dtype == "f64" or self.activation == "identity"
         at: DType = self.dtype if exact else "f32"
         value = body.cast("gate_cast", gate, self.dtype, at)
         value = self.row.write(body, value, at)
         value = body.cast("act_rounded", value, at, self.dtype)
+        if self.clamp == "act":
+            value = body.let("act_clamped", f"Clip ({value}, {floor}, {limit})")
         if self.layout == "none":
             body.result("y", value)
         else:
-            body.let("y", f"Mul ({value}, up)")
+            body.let("y", f"Mul ({value}, {up})")
 
     def reference(
         self, inputs: Mapping[str, np.ndarray], attributes: Mapping[str, float]
@@ -213,7 +252,13 @@ class Gated(OpSpec):
             gate, up = (first, second) if self.layout == "gate_up" else (second, first)
         else:
             gate, up = wide["x" if self.layout == "none" else "gate"], wide.get("up", np.ones(()))
-        return (self.row.numpy(gate, **attributes) * up,)
+        floor, limit = attributes.get("floor", -np.inf), attributes.get("limit", np.inf)
+        if self.clamp == "gate":
+            gate = np.clip(gate, floor, limit)
+        act = self.row.numpy(gate, **{name: attributes[name] for name in self.row.attributes})
+        if self.clamp == "act":
+            act = np.clip(act, floor, limit)
+        return (act * (np.clip(up, -limit, limit) + self.plus1),)
 
     def with_dtype(self, dtype: DType) -> Self:
         return dataclasses.replace(self, dtype=dtype, precision="f32")

@@ -16,7 +16,7 @@ import onnx_ir as ir
 DOMAIN = "fusenorm"
 
 DType = Literal["f16", "bf16", "f32", "f64"]
-Layout = Literal["row", "vector", "packed"]
+Layout = Literal["row", "vector", "packed", "panels", "heads", "sequence", "scores"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +30,11 @@ class DTypeInfo:
     def epsilon(self) -> float:
         """Distance from 1 to the next number."""
         return float(ml_dtypes.finfo(self.numpy).eps)
+
+    @property
+    def largest(self) -> float:
+        """The largest finite number."""
+        return float(ml_dtypes.finfo(self.numpy).max)
 
 
 DTYPES: dict[DType, DTypeInfo] = {
@@ -45,7 +50,9 @@ DTYPE_OF_ONNX: dict[ir.DataType, DType] = {info.onnx: name for name, info in DTY
 class Slot:
     """One input or output of a fused op.
 
-    layout: `row` is [..., D], `vector` is [D], `packed` is [..., 2D] (gate and up in one tensor).
+    layout: `row` is [..., D], `vector` is [D], `packed` is [..., 2D] (gate and up in one tensor),
+    `panels` is a packed weight (see fusenorm.ops.linear), `heads` is [B, H, S, D], `sequence`
+    [B, S, H, D], `scores` what broadcasts to [B, H, S, T].
     """
 
     name: str
@@ -84,6 +91,13 @@ class Body:
             self.lines[-1] = f"{name} = {expression}"
         else:
             self.let(name, f"Identity ({value})")
+
+    def greatest(self, name: str, value: str) -> str:
+        """Maximum over the last axis, kept as 1."""
+        if self.opset < 18:
+            return self.let(name, f"ReduceMax <axes: ints = [-1], keepdims: int = 1> ({value})")
+        axes = self.let(f"{name}_axes", "Constant <value_ints: ints = [-1]> ()")
+        return self.let(name, f"ReduceMax <keepdims: int = 1> ({value}, {axes})")
 
     def mean(self, name: str, value: str) -> str:
         """Mean over the last axis, kept as 1."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import onnx
@@ -14,7 +14,7 @@ import torch
 from fusenorm.kernels import RowProgram, row_program, supports
 from fusenorm.ops import DTYPES, FAMILIES, DType, OpSpec
 
-ATTRIBUTES = {"epsilon": 1e-5, "alpha": 1.7, "beta": 0.8}
+ATTRIBUTES = {"epsilon": 1e-5, "alpha": 1.7, "beta": 0.8, "floor": -1.5, "limit": 0.75}
 FILLS = ("normal", "large mean", "constant", "largest", "nan")
 BODY_OPSET = 18
 
@@ -31,13 +31,14 @@ def supported() -> Iterator[OpSpec]:
                 yield spec
 
 
-def pairwise() -> list[OpSpec]:
+def pairwise(specs: Iterable[OpSpec] | None = None) -> list[OpSpec]:
     """Few ops that show every pair of field values some op has; FUSENORM_ALL_OPS=1 gives all."""
+    every = list(supported() if specs is None else specs)
     if os.environ.get("FUSENORM_ALL_OPS"):
-        return list(supported())
+        return every
     chosen: list[OpSpec] = []
     seen: set[object] = set()
-    for spec in supported():
+    for spec in every:
         fields = [(type(spec), name, value) for name, value in dataclasses.asdict(spec).items()]
         pairs = set(itertools.combinations(fields, 2))
         if not pairs <= seen:
@@ -125,6 +126,8 @@ _OPS = {
     "Mul": np.multiply,
     "Div": np.divide,
     "Sqrt": np.sqrt,
+    "Neg": np.negative,
+    "Clip": lambda x, low, high: np.minimum(np.maximum(x, low), high),
     "Reciprocal": lambda x: 1 / x,
     "Identity": lambda x: x,
     "Relu": lambda x: np.maximum(x, 0),

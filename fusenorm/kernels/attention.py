@@ -1,0 +1,516 @@
+"""Attention kernels: blocks of keys pass by tiles of query rows, softmax kept up to date (online).
+
+Per row the running maximum and sum of its weights are kept, and y holds the weighted sum of values
+so far; a larger maximum rescales both (arXiv 2205.14135). Keys are transposed into panels once per
+block; a few rows read them as they lie. Where a mask leaves a tile no weight for the last keys of
+a block, the tile skips them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import tvm.script.ir_builder.tirx as T
+
+from fusenorm.kernels import mathfn
+from fusenorm.kernels.mathfn import Expr, Lanes
+from fusenorm.kernels.program import symbols
+from fusenorm.kernels.rows import function
+from fusenorm.ops import Attention
+
+KEYS = 128  # of a block
+_STEP = 64  # of D: successive numbers of a row in the tile of q
+_PACKED = 4  # rows from which packing keys pays
+_TRIMMED = 32  # rows from which looking at the mask pays
+# With scores within ±1e34, a weight whose mask is at most _DROPPED underflows to 0 beside one whose
+# mask is at least _KEPT.
+_DROPPED, _KEPT, _TAME = -1e37, -1e35, 1e15
+
+_INTEGERS = (
+    "positions",
+    "keys",
+    "inner",
+    "columns",
+    "row_begin",
+    "row_end",
+    "q_head",
+    "q_row",
+    "k_row",
+    "v_row",
+    "y_head",
+    "y_row",
+    "mask_head",
+    "mask_row",
+    "mask_column",
+)
+
+Block = Callable[[Expr, Expr], None]
+
+
+def functions(spec: Attention, lanes: int) -> list[Any]:
+    """The PrimFunc of `spec` with vectors of `lanes` f32.
+
+    It works on one head of k and v and the heads of q that share it. Arguments: q, k, v, the mask
+    and y from that head on, and scratch, each as one row of f32; then int64: rows per head of q,
+    keys T > 0, D, E, first and last row, counted through the heads; strides in elements of the
+    heads and rows of q, the rows of k and v, the heads and rows of y, the heads, rows and columns
+    of the mask, the last 0 or 1; then the scale. Scratch holds `KEYS·D + 512` numbers and, of each
+    of 8 rows, D rounded up to 64 and KEYS, and two for every row.
+    """
+    (name,) = symbols(spec)
+    with function(name) as builder:
+        _Kernel(spec, lanes).emit()
+    return [builder.get()]
+
+
+class _Kernel:
+    def __init__(self, spec: Attention, lanes: int) -> None:
+        self.spec = spec
+        self.lanes = Lanes(lanes)
+        self.width = lanes
+        self.panel = 2 * lanes
+        self.rows = 8 if lanes == 16 else 4
+
+    def emit(self) -> None:
+        names = [*(slot.name for slot in self.spec.inputs), "y", "scratch"]
+        handles = {name: T.arg(name, T.handle()) for name in names}
+        self.at = {name: T.arg(name, T.int64()) for name in _INTEGERS}
+        self.scale = T.arg("scale", T.float32())
+        self.buffers = {
+            name: T.match_buffer(handle, (T.int64(),), "float32", align=4)
+            for name, handle in handles.items()
+        }
+        at = self.at
+        self.scratch = self.buffers["scratch"]
+        self.count = T.bind(at["row_end"] - at["row_begin"])
+        # Parts of scratch: panels of keys, a tile of q, its scores, maxima and sums of every row.
+        self.tile_q = T.bind(at["inner"] * KEYS + self.width * self.panel)
+        self.steps = T.bind(T.truncdiv(at["inner"] + (_STEP - 1), T.int64(_STEP)))
+        self.scores = T.bind(self.tile_q + self.steps * (_STEP * self.rows))
+        self.maxima = T.bind(self.scores + KEYS * self.rows)
+        self.sums = T.bind(self.maxima + self.count)
+        self.correction = T.alloc_buffer((self.rows,), "float32")
+        self.wild = T.alloc_buffer((self.width,), "float32")
+        self.wild_q = T.alloc_buffer((self.width,), "float32")
+        self.live = T.alloc_buffer((1,), "int64")
+        with T.serial(self.count) as row:
+            self._put(self.maxima + row, T.float32(-math.inf))
+            self._put(self.sums + row, T.float32(0.0))
+        blocks = T.truncdiv(at["keys"] + (KEYS - 1), T.int64(KEYS))
+        with T.serial(blocks) as block:
+            self.first = T.bind(block * KEYS)
+            self.size = T.bind(T.min(T.int64(KEYS), at["keys"] - self.first))
+            with T.If(self.count >= _PACKED), T.Then():
+                self._pack()
+            self._tiles()
+        self._normalise()
+
+    # -- helpers
+
+    def _put(self, at: Expr, value: Expr) -> None:
+        T.buffer_store(self.scratch, value, [at])
+
+    def _ramp(self, at: Expr) -> Expr:
+        return T.ramp(at, 1, self.width)
+
+    def _zeros(self, count: int) -> list[Any]:
+        """Vectors to add to; one buffer each, as TVM puts larger ones on the heap."""
+        made = [T.alloc_buffer((self.width,), "float32") for _ in range(count)]
+        for vector in made:
+            T.buffer_store(vector, self.lanes.f32(0.0), [self._ramp(0)])
+        return made
+
+    def _add(self, vector: Any, value: Expr) -> None:
+        index = self._ramp(0)
+        T.buffer_store(vector, vector[index] + value, [index])
+
+    def _load(self, name: str, at: Expr, mask: Expr) -> Expr:
+        """A vector; 0 where `mask` says no."""
+        buffer, index = self.buffers[name], self._ramp(at)
+        if mask is None:
+            return T.bind(buffer[index])
+        stored = T.masked_load(self.lanes.type("float32"), buffer, index, mask)
+        return self.lanes.let(T.Select(mask, stored, self.lanes.f32(0.0)))
+
+    def _store(self, name: str, at: Expr, mask: Expr, value: Expr) -> None:
+        buffer, index = self.buffers[name], self._ramp(at)
+        if mask is None:
+            T.buffer_store(buffer, value, [index])
+        else:
+            T.evaluate(T.masked_store(buffer, value, index, mask))
+
+    def _blocks(self, total: Expr, body: Block) -> None:
+        """`body(at, mask)` over vectors of [0, total); the mask of a whole one is None."""
+        whole = T.bind(T.truncdiv(total, T.int64(self.width)))
+        with T.serial(whole) as index:
+            body(T.bind(index * self.width), None)
+        rest = T.bind(total - whole * self.width)
+        with T.If(rest > 0), T.Then():
+            body(T.bind(whole * self.width), self._mask(rest))
+
+    def _mask(self, rest: Expr) -> Expr:
+        """The first `rest` lanes."""
+        limit = T.cast(rest, "int32")
+        return T.bind(T.get_active_lane_mask(self.lanes.type("bool"), T.int32(0), limit))
+
+    def _row(self, row: Expr) -> tuple[Expr, Expr]:
+        """Head and position of a row."""
+        head = T.bind(T.truncdiv(row, self.at["positions"]))
+        return head, T.bind(row - head * self.at["positions"])
+
+    def _place(self, name: str, row: Expr) -> Expr:
+        """Where the row of q, y or the mask begins."""
+        head, position = self._row(row)
+        return T.bind(head * self.at[f"{name}_head"] + position * self.at[f"{name}_row"])
+
+    def _interleaved(self, a: Expr, b: Expr) -> tuple[Expr, Expr]:
+        """a0 b0 a1 b1 …, in two vectors."""
+        width, half = self.width, self.width // 2
+        low = [T.int32(part * width + lane) for lane in range(half) for part in (0, 1)]
+        high = [T.int32(part * width + half + lane) for lane in range(half) for part in (0, 1)]
+        return self.lanes.let(T.Shuffle([a, b], low)), self.lanes.let(T.Shuffle([a, b], high))
+
+    def _transposed(self, vectors: list[Expr]) -> list[Expr]:
+        half = self.width // 2
+        for _ in range(self.width.bit_length() - 1):
+            pairs = [self._interleaved(vectors[i], vectors[i + half]) for i in range(half)]
+            vectors = [vector for pair in pairs for vector in pair]
+        return vectors
+
+    def _totals(self, vectors: list[Expr]) -> Expr:
+        """A vector of the sums of as many vectors as it has lanes."""
+        while len(vectors) > 1:
+            half = len(vectors) // 2
+            pairs = [self._interleaved(vectors[i], vectors[i + half]) for i in range(half)]
+            vectors = [self.lanes.let(low + high) for low, high in pairs]
+        return vectors[0]
+
+    def _across(self, vector: Expr, combine: Callable[[Expr, Expr], Expr]) -> Expr:
+        """All lanes combined, as a tree of halves."""
+        cell = T.alloc_buffer((self.width,), "float32")
+        T.buffer_store(cell, vector, [self._ramp(0)])
+        size = self.width
+        while size > 1:
+            size //= 2
+            low, high = (T.ramp(start, 1, size) if size > 1 else start for start in (0, size))
+            T.buffer_store(cell, combine(cell[low], cell[high]), [low])
+        return T.bind(cell[0])
+
+    def _note_wild(self, wild: Any, vector: Expr) -> None:
+        """Remember in `wild` whether a number is NaN or beyond ±_TAME."""
+        size = T.bind(self.lanes.from_bits(self.lanes.bits(vector) & self.lanes.u32(0x7FFFFFFF)))
+        tame = T.Select(size <= self.lanes.f32(_TAME), self.lanes.f32(0.0), self.lanes.f32(1.0))
+        index = self._ramp(0)
+        T.buffer_store(wild, _larger(wild[index], tame), [index])
+
+    # -- keys
+
+    def _pack(self) -> None:
+        """The block's keys as panels [D, 2·lanes]; whether they and its values are tame."""
+        inner, keys = self.at["inner"], self.at["keys"]
+        T.buffer_store(self.wild, self.lanes.f32(0.0), [self._ramp(0)])
+        groups = T.truncdiv(self.size + (self.width - 1), T.int64(self.width))
+        with T.serial(groups) as group:
+            panel = T.bind(T.truncdiv(group, T.int64(2)))
+            target = T.bind(panel * (inner * self.panel) + (group - panel * 2) * self.width)
+            key = T.bind(self.first + group * self.width)
+            starts = [
+                T.bind(T.min(key + lane, keys - 1) * self.at["k_row"]) for lane in range(self.width)
+            ]
+
+            def body(at: Expr, mask: Expr) -> None:
+                vectors = [self._load("k", start + at, mask) for start in starts]
+                if self.spec.mask:
+                    for vector in vectors:
+                        self._note_wild(self.wild, vector)
+                for lane, vector in enumerate(self._transposed(vectors)):
+                    index = self._ramp(target + (at + lane) * self.panel)
+                    T.buffer_store(self.scratch, vector, [index])
+
+            self._blocks(inner, body)
+        if self.spec.mask:
+            with T.If(self.count >= _TRIMMED), T.Then(), T.serial(self.size) as key:
+                start = T.bind((self.first + key) * self.at["v_row"])
+                self._blocks(
+                    self.at["columns"],
+                    lambda at, mask: self._note_wild(self.wild, self._load("v", start + at, mask)),
+                )
+
+    # -- a tile of rows
+
+    def _tiles(self) -> None:
+        """Tiles of `rows` rows, then of half as many, down to one."""
+        done = T.alloc_buffer((1,), "int64")
+        T.buffer_store(done, T.int64(0), [0])
+        with T.While(done[0] < self.count):
+            left = T.bind(self.count - done[0])
+            size = T.int64(1)
+            for exponent in range(1, self.rows.bit_length()):
+                size = T.Select(left >= 2**exponent, T.int64(2**exponent), size)
+            size = T.bind(size)
+            self._tile(size, T.bind(self.at["row_begin"] + done[0]))
+            T.buffer_store(done, done[0] + size, [0])
+
+    def _tile(self, size: Expr, row: Expr) -> None:
+        T.buffer_store(self.live, self.size, [0])
+        self._load_q(size, row)
+        if self.spec.mask:
+            with T.If(self.count >= _TRIMMED), T.Then():
+                self._trim(size, row)
+        with T.If(self.live[0] > 0), T.Then():
+            live = T.bind(self.live[0])
+            with T.If(self.count >= _PACKED):
+                with T.Then():
+                    self._for_each_size(size, lambda size: self._scores_of_panels(size, live))
+                with T.Else(), T.serial(size) as i:
+                    self._scores_of_row(i)
+            with T.serial(size) as i:
+                self._softmax(row, i, live)
+            self._for_each_size(size, lambda size: self._add_values(size, row, live))
+
+    def _for_each_size(self, size: Expr, body: Callable[[int], None]) -> None:
+        """`body` with the size known while compiling."""
+        for exponent in range(self.rows.bit_length()):
+            with T.If(size == 2**exponent), T.Then():
+                body(2**exponent)
+
+    def _load_q(self, size: Expr, row: Expr) -> None:
+        """Rows of q times the scale, as [D / 64, rows, 64]; whether they are tame."""
+        T.buffer_store(self.wild_q, self.lanes.f32(0.0), [self._ramp(0)])
+        with T.serial(size) as i:
+            start = self._place("q", row + i)
+
+            def body(at: Expr, mask: Expr) -> None:
+                step = T.bind(T.truncdiv(at, T.int64(_STEP)))
+                inside = T.bind(at - step * _STEP)
+                index = self._ramp(self.tile_q + step * (_STEP * self.rows) + i * _STEP + inside)
+                value = self.lanes.let(
+                    self._load("q", start + at, mask) * self.lanes.spread(self.scale)
+                )
+                T.buffer_store(self.scratch, value, [index])
+                if self.spec.mask:
+                    self._note_wild(self.wild_q, value)
+
+            self._blocks(self.at["inner"], body)
+
+    def _trim(self, size: Expr, row: Expr) -> None:
+        """Leave out of `live` the last keys that the mask gives no weight in any of the rows."""
+        last = T.bind(self._place("mask", row) + (self.first + self.size - 1))
+        dropped = T.bind(self.buffers["mask"][last] <= T.float32(_DROPPED))
+        index = self._ramp(0)
+        wild = self._across(_larger(self.wild[index], self.wild_q[index]), _larger)
+        apart = T.bind(self.at["mask_column"] == 1)
+        with T.If(T.And(apart, T.And(wild == T.float32(0.0), dropped))), T.Then():
+            found = T.alloc_buffer((1,), "int64")
+            kept = T.alloc_buffer((1,), "float32")
+            T.buffer_store(found, T.int64(0), [0])
+            with T.serial(size) as i:
+                start = T.bind(self._place("mask", row + i) + self.first)
+                before = T.bind(self.scratch[self.maxima + (row + i - self.at["row_begin"])])
+                T.buffer_store(
+                    kept,
+                    T.Select(before >= T.float32(_KEPT), T.float32(2.0), T.float32(0.0)),
+                    [0],
+                )
+
+                def body(at: Expr, mask: Expr) -> None:
+                    value = self._load("mask", start + at, mask)
+                    zero, one, two = (self.lanes.f32(number) for number in (0.0, 1.0, 2.0))
+                    rank = T.Select(value >= self.lanes.f32(_KEPT), two, one)
+                    rank = T.Select(value <= self.lanes.f32(_DROPPED), zero, rank)
+                    if mask is not None:
+                        rank = T.Select(mask, rank, zero)
+                    best = self._across(self.lanes.let(rank), _larger)
+                    T.buffer_store(kept, _larger(kept[0], best), [0])
+                    with T.If(best > T.float32(0.0)), T.Then():
+                        T.buffer_store(found, T.max(found[0], at + self.width), [0])
+
+                self._blocks(self.size, body)
+                with T.If(kept[0] < T.float32(2.0)), T.Then():
+                    T.buffer_store(found, self.size, [0])
+            T.buffer_store(self.live, T.min(found[0], self.size), [0])
+
+    def _scores_of_panels(self, size: int, live: Expr) -> None:
+        """Products of the tile of q with every panel of keys."""
+        inner = self.at["inner"]
+        panels = T.truncdiv(live + (self.panel - 1), T.int64(self.panel))
+        with T.serial(panels) as panel:
+            sums = self._zeros(2 * size)
+            start = T.bind(panel * (inner * self.panel))
+            with T.serial(self.steps) as step:
+                tile = T.bind(self.tile_q + step * (_STEP * self.rows))
+                part = T.bind(start + step * (_STEP * self.panel))
+                with T.serial(T.min(T.int64(_STEP), inner - step * _STEP)) as d:
+                    keys = [
+                        T.bind(self.scratch[self._ramp(part + d * self.panel + j * self.width)])
+                        for j in range(2)
+                    ]
+                    for i in range(size):
+                        value = T.bind(self.lanes.spread(self.scratch[tile + d + i * _STEP]))
+                        for j in range(2):
+                            self._add(sums[2 * i + j], value * keys[j])
+            for index, total in enumerate(sums):
+                target = self.scores + index // 2 * KEYS + panel * self.panel
+                target += index % 2 * self.width
+                T.buffer_store(self.scratch, total[self._ramp(0)], [self._ramp(target)])
+
+    def _scores_of_row(self, i: Expr) -> None:
+        """Products of a row of q with keys as they lie, as many at a time as a vector holds."""
+        groups = T.truncdiv(self.size + (self.width - 1), T.int64(self.width))
+        with T.serial(groups) as group:
+            key = T.bind(self.first + group * self.width)
+            starts = [
+                T.bind(T.min(key + lane, self.at["keys"] - 1) * self.at["k_row"])
+                for lane in range(self.width)
+            ]
+            sums = self._zeros(self.width)
+
+            def body(at: Expr, mask: Expr) -> None:
+                step = T.bind(T.truncdiv(at, T.int64(_STEP)))
+                inside = T.bind(at - step * _STEP)
+                index = self.tile_q + step * (_STEP * self.rows) + i * _STEP + inside
+                query = T.bind(self.scratch[self._ramp(index)])
+                for start, total in zip(starts, sums, strict=True):
+                    self._add(total, query * self._load("k", start + at, mask))
+
+            self._blocks(self.at["inner"], body)
+            total = self._totals([T.bind(total[self._ramp(0)]) for total in sums])
+            target = self._ramp(self.scores + i * KEYS + group * self.width)
+            T.buffer_store(self.scratch, total, [target])
+
+    def _softmax(self, row: Expr, i: Expr, live: Expr) -> None:
+        """Turn a row of scores into weights relative to the row's new maximum."""
+        lanes = self.lanes
+        scores = T.bind(self.scores + i * KEYS)
+        largest = T.alloc_buffer((self.width,), "float32")
+        index = self._ramp(0)
+        lowest = lanes.f32(-math.inf)
+        T.buffer_store(largest, lowest, [index])
+
+        def raise_maximum(at: Expr, mask: Expr, value: Expr) -> None:
+            if mask is not None:
+                value = T.Select(mask, value, lowest)
+            value = lanes.let(value)
+            T.buffer_store(self.scratch, value, [self._ramp(scores + at)])
+            T.buffer_store(largest, _larger(largest[index], value), [index])
+
+        if self.spec.mask:
+            start = T.bind(self._place("mask", row + i) + self.first * self.at["mask_column"])
+
+            def masked(at: Expr, mask: Expr) -> None:
+                score = T.bind(self.scratch[self._ramp(scores + at)])
+                raise_maximum(at, mask, score + self._load("mask", start + at, mask))
+
+            def shifted(at: Expr, mask: Expr) -> None:
+                score = T.bind(self.scratch[self._ramp(scores + at)])
+                raise_maximum(at, mask, score + lanes.spread(self.buffers["mask"][start]))
+
+            with T.If(self.at["mask_column"] == 1):
+                with T.Then():
+                    self._blocks(live, masked)
+                with T.Else():
+                    self._blocks(live, shifted)
+        else:
+            self._blocks(
+                live,
+                lambda at, mask: raise_maximum(at, mask, self.scratch[self._ramp(scores + at)]),
+            )
+        state = T.bind(row + i - self.at["row_begin"])
+        before = T.bind(self.scratch[self.maxima + state])
+        now = _SCALAR.let(_larger(before, self._across(largest[index], _larger)))
+        # Of a row without weight so far, exp(-inf - 0) is 0 where exp(-inf + inf) is NaN.
+        zero = T.float32(0.0)
+        base = _SCALAR.let(T.Select(now == T.float32(-math.inf), zero, now))
+        total = T.alloc_buffer((self.width,), "float32")
+        T.buffer_store(total, lanes.f32(0.0), [index])
+
+        def weigh(at: Expr, mask: Expr) -> None:
+            at = self._ramp(scores + at)
+            weight = _exp(lanes, lanes.let(self.scratch[at] - lanes.spread(base)))
+            T.buffer_store(self.scratch, weight, [at])
+            T.buffer_store(total, total[index] + weight, [index])
+
+        self._blocks(live, weigh)
+        correction = _exp(_SCALAR, _SCALAR.let(before - base))
+        added = self._across(total[index], lambda a, b: a + b)
+        T.buffer_store(self.correction, correction, [i])
+        self._put(self.sums + state, self.scratch[self.sums + state] * correction + added)
+        self._put(self.maxima + state, now)
+
+    def _add_values(self, size: int, row: Expr, live: Expr) -> None:
+        """y = y·correction + weights·v."""
+        targets = [self._place("y", row + i) for i in range(size)]
+        wide = 4 if size < self.rows else 2
+        columns = self.at["columns"]
+        blocks = T.bind(T.truncdiv(columns, T.int64(wide * self.width)))
+        with T.serial(blocks) as block:
+            start = T.bind(block * (wide * self.width))
+            self._add_columns(size, targets, live, start, wide, None)
+        done = T.bind(blocks * (wide * self.width))
+        vectors = T.truncdiv(columns - done + (self.width - 1), T.int64(self.width))
+        with T.serial(vectors) as vector:
+            start = T.bind(done + vector * self.width)
+            self._add_columns(size, targets, live, start, 1, self._mask(columns - start))
+
+    def _add_columns(
+        self, size: int, targets: list[Expr], live: Expr, column: Expr, wide: int, mask: Expr
+    ) -> None:
+        sums = self._zeros(size * wide)
+        places = [(i, column + j * self.width) for i in range(size) for j in range(wide)]
+        start = T.bind(self.first * self.at["v_row"] + column)
+        with T.serial(live) as key:
+            values = [
+                self._load("v", start + key * self.at["v_row"] + j * self.width, mask)
+                for j in range(wide)
+            ]
+            for i in range(size):
+                weight = T.bind(self.lanes.spread(self.scratch[self.scores + i * KEYS + key]))
+                for j in range(wide):
+                    self._add(sums[i * wide + j], weight * values[j])
+        totals = [total[self._ramp(0)] for total in sums]
+        with T.If(self.first == 0):
+            with T.Then():
+                for (i, at), total in zip(places, totals, strict=True):
+                    self._store("y", targets[i] + at, mask, total)
+            with T.Else():
+                for (i, at), total in zip(places, totals, strict=True):
+                    correction = self.lanes.spread(self.correction[i])
+                    value = self._load("y", targets[i] + at, mask) * correction + total
+                    self._store("y", targets[i] + at, mask, self.lanes.let(value))
+
+    def _normalise(self) -> None:
+        """Divide each row of y by its sum."""
+        with T.serial(self.count) as index:
+            start = self._place("y", self.at["row_begin"] + index)
+            total = T.bind(self.scratch[self.sums + index])
+            one = T.float32(1.0)
+            factor = _SCALAR.let(one / total)
+            if self.spec.empty != "nan":
+                # A sum of 0 has no weights; one of NaN has weights that count as 0.
+                factor = _SCALAR.let(T.Select(total == T.float32(0.0), one, factor))
+
+            def body(at: Expr, mask: Expr) -> None:
+                value = self.lanes.let(
+                    self._load("y", start + at, mask) * self.lanes.spread(factor)
+                )
+                if self.spec.empty == "safe":
+                    zero = self.lanes.f32(0.0)
+                    known = self.lanes.spread(total) >= zero
+                    value = self.lanes.let(T.Select(known, value, zero))
+                self._store("y", start + at, mask, value)
+
+            self._blocks(self.at["columns"], body)
+
+
+_SCALAR = Lanes(1)
+
+
+def _larger(a: Expr, b: Expr) -> Expr:
+    return T.Select(a < b, b, a)
+
+
+def _exp(lanes: Lanes, x: Expr) -> Expr:
+    """e^x, 0 where it is less than the smallest normal number."""
+    return lanes.let(T.Select(x < lanes.f32(-87.33654), lanes.f32(0.0), mathfn.exp(lanes, x)))

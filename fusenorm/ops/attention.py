@@ -1,0 +1,162 @@
+"""Scaled dot-product attention as one op: scores, mask, softmax and the weighted sum of values.
+
+Heads-first tensors are [B, H, S, D], sequence-first ones [B, S, H, D]: each operand's layout is
+part of the op, so that the transposes around it are none.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator, Mapping
+from typing import ClassVar, Literal, Self, get_args
+
+import numpy as np
+
+from fusenorm.ops.spec import Body, DType, Layout, OpSpec, Slot
+
+Empty = Literal["nan", "zero", "safe"]
+_LAYOUTS: dict[str, Layout] = {"h": "heads", "s": "sequence"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Attention(OpSpec):
+    """softmax(scale·q·kᵀ + mask)·v for each head of q [B, H, S, D], k [B, H, T, D], v [B, H, T, E].
+
+    Attributes:
+        layout: of q, k, v and y, a letter each: `h` heads-first, `s` sequence-first.
+        mask: whether a mask is added to the scores, of any shape that broadcasts to [B, H, S, T].
+        grouped: k and v have fewer heads; each serves as many successive heads of q
+            (arXiv 2305.13245).
+        empty: what becomes of a row whose scores are all -inf: `nan` as Softmax has it; `zero`;
+            `safe`, where every weight that is NaN counts as 0.
+        dtype: of every input and output.
+    """
+
+    MIN_OPSET: ClassVar[int] = 13  # before, Softmax flattens
+
+    layout: str = "hhhh"
+    mask: bool = False
+    grouped: bool = False
+    empty: Empty = "nan"
+    dtype: DType = "f32"
+
+    @property
+    def family(self) -> str:
+        return "Attention"
+
+    @property
+    def tokens(self) -> tuple[str, ...]:
+        flags = {"mask": self.mask, "grouped": self.grouped, self.empty: self.empty != "nan"}
+        tokens = [self.layout, *(name for name, given in flags.items() if given)]
+        tokens += [self.dtype] if self.dtype != "f32" else []
+        return tuple(tokens)
+
+    @classmethod
+    def variants(cls) -> Iterator[Self]:
+        dtypes: tuple[DType, ...] = ("f32", "f64")
+        layouts = ("".join(letters) for letters in itertools.product(_LAYOUTS, repeat=4))
+        for layout, mask, grouped, empty, dtype in itertools.product(
+            layouts, (False, True), (False, True), get_args(Empty), dtypes
+        ):
+            yield cls(layout, mask, grouped, empty, dtype)
+
+    @property
+    def inputs(self) -> tuple[Slot, ...]:
+        names = zip("qkv", self.layout, strict=False)
+        slots = [Slot(name, self.dtype, _LAYOUTS[letter]) for name, letter in names]
+        if self.mask:
+            slots.append(Slot("mask", self.dtype, "scores"))
+        return tuple(slots)
+
+    @property
+    def outputs(self) -> tuple[Slot, ...]:
+        return (Slot("y", self.dtype, _LAYOUTS[self.layout[3]]),)
+
+    @property
+    def attributes(self) -> tuple[str, ...]:
+        return ("scale",)
+
+    def write(self, body: Body) -> None:
+        q, k, v = (
+            self._heads_first(body, name, letter)
+            for name, letter in zip("qkv", self.layout, strict=False)
+        )
+        if self.grouped:
+            k, v = self._repeated(body, q, k, v)
+        keys = body.let("keys", f"Transpose <perm: ints = [0, 1, 3, 2]> ({k})")
+        product = body.let("product", f"MatMul ({q}, {keys})")
+        scale = body.constant("scaling", "@scale", self.dtype)
+        scores = body.let("scores", f"Mul ({product}, {scale})")
+        if self.mask:
+            scores = body.let("masked", f"Add ({scores}, mask)")
+        weights = body.let("weights", f"Softmax <axis: int = -1> ({scores})")
+        if self.empty != "nan":
+            if self.empty == "safe":
+                body.let("none", f"IsNaN ({weights})")
+            else:
+                body.greatest("greatest", scores)
+                body.let("none", "IsInf <detect_positive: int = 0> (greatest)")
+            zero = body.constant("zero", 0.0, self.dtype)
+            weights = body.let("safe_weights", f"Where (none, {zero}, {weights})")
+        if self.layout[3] == "h":
+            body.let("y", f"MatMul ({weights}, {v})")
+        else:
+            body.let("by_head", f"MatMul ({weights}, {v})")
+            body.let("y", "Transpose <perm: ints = [0, 2, 1, 3]> (by_head)")
+
+    def _heads_first(self, body: Body, name: str, letter: str) -> str:
+        if letter == "h":
+            return name
+        return body.let(f"{name}_heads", f"Transpose <perm: ints = [0, 2, 1, 3]> ({name})")
+
+    def _repeated(self, body: Body, q: str, k: str, v: str) -> tuple[str, str]:
+        """k and v with each head as often as there are heads of q for it."""
+        for name, number in (("zero_axis", 0), ("head_axis", 1), ("row_axis", 2), ("rank", 4)):
+            body.let(name, f"Constant <value_ints: ints = [{number}]> ()")
+        counts = []
+        for name, value in (("q", q), ("k", k)):
+            shape = body.let(f"{name}_shape", f"Shape ({value})")
+            counts.append(body.let(f"{name}_count", f"Slice ({shape}, head_axis, row_axis)"))
+        body.let("copies", f"Div ({counts[0]}, {counts[1]})")
+        body.let(
+            "repeats", "Concat <axis: int = 0> (head_axis, head_axis, copies, head_axis, head_axis)"
+        )
+        repeated = []
+        allow_zero = " <allowzero: int = 1>" if body.opset >= 14 else ""
+        for name, value in (("k", k), ("v", v)):
+            body.let(f"{name}_grouped", f"Unsqueeze ({value}, row_axis)")
+            body.let(f"{name}_copied", f"Expand ({name}_grouped, repeats)")
+            shape = body.let(f"{name}_whole", f"Shape ({value})")
+            body.let(f"{name}_batch", f"Slice ({shape}, zero_axis, head_axis)")
+            body.let(f"{name}_rows", f"Slice ({shape}, row_axis, rank)")
+            target = f"Concat <axis: int = 0> ({name}_batch, q_count, {name}_rows)"
+            body.let(f"{name}_target", target)
+            reshape = f"Reshape{allow_zero} ({name}_copied, {name}_target)"
+            repeated.append(body.let(f"{name}_repeated", reshape))
+        return repeated[0], repeated[1]
+
+    def reference(
+        self, inputs: Mapping[str, np.ndarray], attributes: Mapping[str, float]
+    ) -> tuple[np.ndarray, ...]:
+        q, k, v = (
+            np.asarray(inputs[name], np.float64).swapaxes(1, 2 if letter == "s" else 1)
+            for name, letter in zip("qkv", self.layout, strict=False)
+        )
+        if self.grouped:
+            k, v = (np.repeat(each, q.shape[1] // each.shape[1], axis=1) for each in (k, v))
+        scores = attributes["scale"] * (q @ k.swapaxes(2, 3))
+        if self.mask:
+            scores = scores + np.asarray(inputs["mask"], np.float64)
+        with np.errstate(invalid="ignore"):
+            weights = np.exp(scores - scores.max(axis=-1, keepdims=True, initial=-np.inf))
+            weights /= weights.sum(axis=-1, keepdims=True)
+        if self.empty == "safe":
+            weights = np.nan_to_num(weights, nan=0.0)
+        elif self.empty == "zero":
+            weights = np.where((scores == -np.inf).all(axis=-1, keepdims=True), 0.0, weights)
+        y = weights @ v
+        return (y if self.layout[3] == "h" else y.swapaxes(1, 2),)
+
+    def with_dtype(self, dtype: DType) -> Self:
+        return dataclasses.replace(self, dtype=dtype)

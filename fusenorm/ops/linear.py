@@ -1,0 +1,154 @@
+"""Linear maps with packed weights, and what follows them: bias, activation, gated unit.
+
+A weight [K, N] is stored as panels of PANEL columns, [N / PANEL, K, PANEL]: a kernel reads each
+panel from front to back, whatever its vectors are. The panels of a gate and of its linear twin
+alternate, so that both halves of a gated unit are made together.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator, Mapping
+from typing import Literal, Self
+
+import numpy as np
+
+from fusenorm.ops.activation import ACTIVATIONS, Activation, Gated, GateLayout
+from fusenorm.ops.spec import Body, DType, OpSpec, Slot
+
+PANEL = 32
+
+
+def pack(weight: np.ndarray) -> np.ndarray:
+    """[K, N] as panels [N / PANEL, K, PANEL]."""
+    rows, columns = weight.shape
+    return np.ascontiguousarray(weight.reshape(rows, columns // PANEL, PANEL).transpose(1, 0, 2))
+
+
+def pack_gated(gate: np.ndarray, up: np.ndarray) -> np.ndarray:
+    """Two [K, N] as alternating panels [2·N / PANEL, K, PANEL]."""
+    panels = np.stack([pack(gate), pack(up)], axis=1)
+    return panels.reshape(-1, *panels.shape[2:])
+
+
+def unpack(panels: np.ndarray) -> np.ndarray:
+    """Panels as [K, N]."""
+    return panels.transpose(1, 0, 2).reshape(panels.shape[1], -1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Linear(OpSpec):
+    """act(x·W + b), or the gated unit act(x·W + b)∘(x·V + c), W and V constant and packed.
+
+    Attributes:
+        activation: a row of ACTIVATIONS.
+        gated: whether a linear twin multiplies the activated gate (arXiv 2002.05202).
+        bias: whether biases are added.
+        dtype: of every input and output; products are summed in f32 and rounded to it.
+        precision: of the activation in 16 bits, as in Gated.
+    """
+
+    activation: str = "identity"
+    gated: bool = False
+    bias: bool = False
+    dtype: DType = "f32"
+    precision: Literal["f32", "storage"] = "f32"
+
+    @property
+    def row(self) -> Activation:
+        return ACTIVATIONS[self.activation]
+
+    @property
+    def family(self) -> str:
+        return "LinearGLU" if self.gated else "Linear"
+
+    @property
+    def tokens(self) -> tuple[str, ...]:
+        tokens = [self.activation] if self.gated or self.activation != "identity" else []
+        tokens += ["bias"] if self.bias else []
+        tokens += [self.dtype] if self.dtype != "f32" else []
+        tokens += ["stepwise"] if self.precision == "storage" else []
+        return tuple(tokens)
+
+    @classmethod
+    def variants(cls) -> Iterator[Self]:
+        dtypes: tuple[DType, ...] = ("f32", "f16", "f64")
+        for name, gated, bias, dtype in itertools.product(
+            ACTIVATIONS, (False, True), (False, True), dtypes
+        ):
+            yield cls(name, gated, bias, dtype)
+            if dtype == "f16" and name != "identity":
+                yield cls(name, gated, bias, dtype, "storage")
+
+    @classmethod
+    def ending_in(cls, unit: Gated, *, bias: bool) -> Self | None:
+        """The op that ends in this activation or gated unit, if there is one."""
+        if unit != Gated(unit.activation, unit.layout, unit.dtype, unit.precision):
+            return None
+        spec = cls(unit.activation, unit.layout != "none", bias, unit.dtype, unit.precision)
+        return spec if cls.parse(spec.op_type) == spec else None
+
+    @property
+    def unit(self) -> Gated:
+        """What follows the sums, as an op over rows."""
+        layout: GateLayout = "pair" if self.gated else "none"
+        return Gated(self.activation, layout, self.dtype, self.precision)
+
+    @property
+    def inputs(self) -> tuple[Slot, ...]:
+        slots = [Slot("x", self.dtype, "row"), Slot("weight", self.dtype, "panels")]
+        if self.bias:
+            names = ("gate_bias", "up_bias") if self.gated else ("bias",)
+            slots += [Slot(name, self.dtype, "vector") for name in names]
+        return tuple(slots)
+
+    @property
+    def outputs(self) -> tuple[Slot, ...]:
+        return (Slot("y", self.dtype, "row"),)
+
+    @property
+    def attributes(self) -> tuple[str, ...]:
+        return self.row.attributes
+
+    def write(self, body: Body) -> None:
+        matrix = body.let("matrix", "Constant <value_ints: ints = [0, -1]> ()")
+        body.let("by_row", "Transpose <perm: ints = [1, 0, 2]> (weight)")
+        if not self.gated:
+            body.let("matrix_weight", f"Reshape (by_row, {matrix})")
+            value = self._product(body, "product", "matrix_weight", "bias")
+            body.result("y", self._activated(body, value))
+            return
+        body.let("pairs", f"Constant <value_ints: ints = [0, -1, {2 * PANEL}]> ()")
+        body.let("by_pair", "Reshape (by_row, pairs)")
+        body.halves("gate_panels", "up_panels", "by_pair")
+        for name in ("gate", "up"):
+            body.let(f"{name}_weight", f"Reshape ({name}_panels, {matrix})")
+        gate = self._product(body, "gate", "gate_weight", "gate_bias")
+        up = self._product(body, "up", "up_weight", "up_bias")
+        body.let("y", f"Mul ({self._activated(body, gate)}, {up})")
+
+    def _activated(self, body: Body, value: str) -> str:
+        exact = self.precision == "storage" or self.dtype == "f64" or self.activation == "identity"
+        at: DType = self.dtype if exact else "f32"
+        wide = body.cast("act_wide", value, self.dtype, at)
+        return body.cast("act_rounded", self.row.write(body, wide, at), at, self.dtype)
+
+    def _product(self, body: Body, name: str, weight: str, bias: str) -> str:
+        value = body.let(name, f"MatMul (x, {weight})")
+        return body.let(f"{name}_biased", f"Add ({value}, {bias})") if self.bias else value
+
+    def reference(
+        self, inputs: Mapping[str, np.ndarray], attributes: Mapping[str, float]
+    ) -> tuple[np.ndarray, ...]:
+        wide = {name: np.asarray(value, np.float64) for name, value in inputs.items()}
+        panels = wide["weight"]
+        if not self.gated:
+            product = wide["x"] @ unpack(panels) + wide.get("bias", 0.0)
+            return (self.row.numpy(product, **attributes),)
+        gate = wide["x"] @ unpack(panels[0::2]) + wide.get("gate_bias", 0.0)
+        up = wide["x"] @ unpack(panels[1::2]) + wide.get("up_bias", 0.0)
+        return (self.row.numpy(gate, **attributes) * up,)
+
+    def with_dtype(self, dtype: DType) -> Self:
+        return dataclasses.replace(self, dtype=dtype, precision="f32")

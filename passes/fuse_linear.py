@@ -1,0 +1,305 @@
+"""Linear maps of constant weights: packed at compile time, with what follows them."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import numpy as np
+import onnx_ir as ir
+
+from fusenorm.ops.activation import Gated
+from fusenorm.ops.linear import PANEL, Linear, pack, pack_gated
+from fusenorm.ops.spec import DOMAIN
+from fusenorm.passes import facts
+from fusenorm.passes.fuse_glu import read_activation
+from fusenorm.passes.fuse_norm import as_vector
+from fusenorm.passes.pattern import Miss, Op, Pattern, Refusal, Speller, Var, node_name
+from fusenorm.passes.rewrite import Check, Rewrite, RewritePass, Rule, root_key
+from fusenorm.passes.spelling import add, one_of
+
+_STANDARD = ("Relu", "Sigmoid", "Gelu")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Map:
+    """x·W + b as the graph has it.
+
+    Attributes:
+        x: the rows.
+        weight: the constant, [K, N], or [N, K] if `transposed`.
+        bias: [N], if there is one.
+        nodes: what computes it.
+    """
+
+    x: ir.Value
+    weight: ir.Value
+    transposed: bool
+    bias: ir.Value | None
+    nodes: tuple[ir.Node, ...]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """K, N."""
+        assert self.weight.shape is not None
+        inner, columns = (int(size) for size in self.weight.shape)  # type: ignore[arg-type]
+        return (columns, inner) if self.transposed else (inner, columns)
+
+    def matrix(self) -> np.ndarray:
+        """W as [K, N]."""
+        assert self.weight.const_value is not None
+        array = self.weight.const_value.numpy()
+        return array.T if self.transposed else array
+
+
+def _read_map(value: ir.Value | None, *, inside: bool = True) -> _Map | Refusal | None:
+    """The linear map whose result `value` is; None if it is none.
+
+    Args:
+        value: the result.
+        inside: whether it becomes a value inside the fused op: then nothing else may read it.
+    """
+    node = value.producer() if value is not None else None
+    if value is None or node is None or node.domain != "":
+        return None
+    if inside and (len(value.uses()) != 1 or value.is_graph_output()):
+        return None
+    if node.op_type == "Add":
+        for product, bias in (node.inputs, tuple(reversed(node.inputs))):
+            found = _read_map(product) if facts.constant(bias) is not None else None
+            if not isinstance(found, _Map) or found.bias is not None or bias is None:
+                continue
+            vector = as_vector(bias, found.shape[1], facts.rank(found.x))
+            if vector is not None:
+                return dataclasses.replace(found, bias=vector, nodes=(*found.nodes, node))
+        return None
+    if node.op_type not in ("MatMul", "Gemm"):
+        return None
+    return _read_product(node)
+
+
+def _read_product(node: ir.Node) -> _Map | Refusal | None:
+    x, operand, *rest = node.inputs
+    weight, transposed = _stored(operand)
+    if x is None or weight is None:
+        return None
+    name, rank = node_name(node), facts.rank(x)
+    if rank is None or rank < 2:
+        return None
+    dtype = facts.dtype_of(x)
+    if dtype not in ("f32", "f16") or facts.dtype_of(weight) != dtype:
+        return Refusal("types", name, "only weights of f32 and f16 are packed")
+    bias = None
+    if node.op_type == "Gemm":
+        plain = all(
+            node.attributes[key].as_float() == 1.0
+            for key in ("alpha", "beta")
+            if key in node.attributes
+        )
+        if not plain or facts.attribute_int(node, "transA", 0):
+            return Refusal("gemm_form", name, "scales its operands or transposes x")
+        transposed ^= bool(facts.attribute_int(node, "transB", 0))
+        bias = rest[0] if rest else None
+    found = _Map(x, weight, transposed, None, (node,))
+    inner, columns = found.shape
+    if len(weight.uses()) > 1 or weight.is_graph_output():
+        return Refusal("weight_shared", name, f"{weight.name} has other readers: not packed twice")
+    if columns % PANEL or not inner:
+        return Refusal("columns", name, f"{columns} columns are no multiple of {PANEL}")
+    if bias is None:
+        return found
+    vector = as_vector(bias, columns, 2) if facts.constant(bias) is not None else None
+    if vector is None:
+        return Refusal("bias_shape", name, f"{bias.name} is not one row of {columns} numbers")
+    return dataclasses.replace(found, bias=vector)
+
+
+def _stored(value: ir.Value | None) -> tuple[ir.Value | None, bool]:
+    """The constant matrix behind `value`, and whether `value` is its transpose."""
+    node = value.producer() if value is not None else None
+    transposed = node is not None and node.domain == "" and node.op_type == "Transpose"
+    if node is not None and transposed:
+        if len(node.outputs[0].uses()) != 1 or node.outputs[0].is_graph_output():
+            return None, False
+        value = node.inputs[0]
+    if value is None or value.const_value is None or value.is_graph_input():
+        return None, False
+    return (value, transposed) if facts.rank(value) == 2 else (None, False)
+
+
+def _packed(like: ir.Value, panels: tuple[int, ...], make: Callable[[], np.ndarray]) -> ir.Value:
+    """A made-up constant of the type of `like` that is computed when it is read."""
+    assert like.dtype is not None
+    tensor = ir.LazyTensor(lambda: ir.tensor(make()), dtype=like.dtype, shape=ir.Shape(panels))
+    value = ir.val(f"{like.name}_packed", const_value=tensor)
+    tensor.name = value.name
+    return value
+
+
+class FuseLinear(Rule):
+    """A MatMul with a constant weight takes in what follows it, its weight packed for the CPU.
+
+    ## What it matches
+    MatMul or Gemm with a constant f32 or f16 weight [K, N] that nothing else reads, N % 32 = 0;
+    a bias; the activation that reads the result (a standard one, or one fused before); a gated unit
+    of two such maps of one input, or of the halves of one.
+
+    ## Formula
+    y = act(x·W + b), or y = act(x·W + b)∘(x·V + c).
+
+    ## Numerics
+    Products are summed in f32 in another order than onnxruntime's; in 16 bits the sum, the bias and
+    the activation round where the graph rounds them.
+
+    ## Refuses
+    `weight_shared`: a tied weight stays as it is, or it would be stored twice. `columns`: N is no
+    multiple of 32. `bias_shape`, `gemm_form`, `types`, `check_failed`.
+
+    ## References
+    Goto and van de Geijn, Anatomy of High-Performance Matrix Multiplication, 2008.
+    """
+
+    name = "linear"
+    op = "Linear"
+    roots = frozenset(
+        {"MatMul", "Gemm", "Add", *_STANDARD}
+        | {root_key(DOMAIN, spec.op_type) for spec in Gated.variants()}
+    )
+
+    @functools.cached_property
+    def pattern(self) -> Pattern:
+        product = Op("MatMul", (Var("x"), Var("weight")))
+        biased = one_of(product, add(product, Var("bias")))
+        return one_of(biased, Op("Relu", (biased,)), Op("Sigmoid", (biased,)))
+
+    def example(self, speller: Speller) -> None:
+        speller.row("x")
+        speller.matrix("weight", PANEL)
+        speller.vector("bias", PANEL)
+
+    def propose(self, root: ir.Node) -> Rewrite | Miss | None:
+        spec = Gated.parse(root.op_type) if root.domain == DOMAIN else None
+        if spec is not None and spec.layout != "none":
+            return self._unit(root, spec)
+        if spec is not None or root.op_type in _STANDARD:
+            act = read_activation(root.outputs[0])
+            found = _read_map(act.gate) if act is not None else None
+            if act is None or not isinstance(found, _Map):
+                return None
+            return self._rewrite(root, found, act.spec, act.attributes)
+        found = _read_map(root.outputs[0], inside=False)
+        if isinstance(found, Refusal):
+            return Miss((root,), found)
+        if found is None:
+            return None
+        dtype = facts.dtype_of(found.x)
+        assert dtype is not None
+        return self._rewrite(root, found, Gated("identity", "none", dtype), {})
+
+    def _unit(self, root: ir.Node, spec: Gated) -> Rewrite | None:
+        """The map or maps in front of a gated unit fused before."""
+        attributes = {name: root.attributes[name].as_float() for name in spec.attributes}
+        if spec.layout != "pair":
+            return self._halves(root, spec, attributes)
+        gate, up = (_read_map(value) for value in root.inputs)
+        if not isinstance(gate, _Map) or not isinstance(up, _Map):
+            return None
+        if gate.x is not up.x or gate.shape != up.shape:
+            return None
+        return self._gated(root, gate, up, spec, attributes)
+
+    def _halves(self, root: ir.Node, spec: Gated, attributes: dict[str, float]) -> Rewrite | None:
+        """A gated unit of the halves of one map: its columns are dealt out to two."""
+        found = _read_map(root.inputs[0])
+        if not isinstance(found, _Map) or found.shape[1] % (2 * PANEL):
+            return None
+        half = found.shape[1] // 2
+        first, second = (
+            (slice(0, None, 2), slice(1, None, 2))
+            if spec.layout == "interleaved"
+            else (slice(0, half), slice(half, None))
+        )
+        if spec.layout == "up_gate":
+            first, second = second, first
+        biases = []
+        if found.bias is not None:
+            array = facts.constant(found.bias)
+            if array is None:
+                assert found.bias.const_value is not None
+                array = found.bias.const_value.numpy()
+            flat = array.reshape(-1)
+            for part, columns in (("gate", first), ("up", second)):
+                name = f"{found.bias.name}_{part}"
+                tensor = ir.tensor(np.ascontiguousarray(flat[columns]), name=name)
+                biases.append(ir.val(name, const_value=tensor))
+        linear = Linear.ending_in(spec, bias=bool(biases))
+        if linear is None:
+            return None
+        inner = found.shape[0]
+        weight = _packed(
+            found.weight,
+            (2 * half // PANEL, inner, PANEL),
+            lambda: pack_gated(found.matrix()[:, first], found.matrix()[:, second]),
+        )
+        return Rewrite(
+            rule=self.name,
+            spec=linear,
+            inputs=(found.x, weight, *biases),
+            attributes=attributes,
+            outputs=(root.outputs[0],),
+            nodes=(*found.nodes, root),
+        )
+
+    def _gated(
+        self, root: ir.Node, gate: _Map, up: _Map, spec: Gated, attributes: dict[str, float]
+    ) -> Rewrite | None:
+        linear = Linear.ending_in(spec, bias=gate.bias is not None)
+        if linear is None or (gate.bias is None) != (up.bias is None):
+            return None
+        inner, columns = gate.shape
+        weight = _packed(
+            gate.weight,
+            (2 * columns // PANEL, inner, PANEL),
+            lambda: pack_gated(gate.matrix(), up.matrix()),
+        )
+        biases = tuple(bias for bias in (gate.bias, up.bias) if bias is not None)
+        return Rewrite(
+            rule=self.name,
+            spec=linear,
+            inputs=(gate.x, weight, *biases),
+            attributes=attributes,
+            outputs=(root.outputs[0],),
+            nodes=(*gate.nodes, *up.nodes, root),
+        )
+
+    def _rewrite(
+        self, root: ir.Node, found: _Map, unit: Gated, attributes: dict[str, float]
+    ) -> Rewrite | None:
+        linear = Linear.ending_in(unit, bias=found.bias is not None)
+        if linear is None:
+            return None
+        inner, columns = found.shape
+        weight = _packed(
+            found.weight,
+            (columns // PANEL, inner, PANEL),
+            lambda: pack(found.matrix()),
+        )
+        biases = () if found.bias is None else (found.bias,)
+        return Rewrite(
+            rule=self.name,
+            spec=linear,
+            inputs=(found.x, weight, *biases),
+            attributes=attributes,
+            outputs=(root.outputs[0],),
+            nodes=tuple(dict.fromkeys((*found.nodes, root))),
+        )
+
+
+class FuseLinearMaps(RewritePass):
+    """The pass of the linear rule."""
+
+    name = "fuse_linear"
+
+    def __init__(self, check: Check | None = None, budget: list[int] | None = None) -> None:
+        super().__init__((FuseLinear(),), check, budget)

@@ -1,0 +1,290 @@
+"""Attention kernels inside onnxruntime against float64: layouts, masks, tails, sizes, levels."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+
+from fusenorm.lower import Target, build_library
+from fusenorm.lower.library import compile_module
+from fusenorm.ops import Attention
+from tests.ops.test_attention_op import model
+
+pytestmark = pytest.mark.kernel
+
+PLAIN = Attention("hhhh")
+SPECS = {
+    "plain": PLAIN,
+    "safe": Attention("ssss", mask=True, empty="safe"),
+    "zero": Attention("hhss", mask=True, grouped=True, empty="zero"),
+    "nan": Attention("shsh", mask=True),
+    "grouped": Attention("sshs", grouped=True),
+}
+LOWEST = float(np.finfo(np.float32).min)
+LEVELS = [
+    level
+    for level in ("x86-64-v2", "x86-64-v3", "x86-64-v4", "aarch64")
+    if Target.parse(level).machine == Target.host().machine
+    and set(Target.parse(level).features) <= set(Target.host().features)
+]
+SCALE = 0.25
+
+Feeds = dict[str, np.ndarray]
+
+
+@pytest.fixture(scope="module", params=LEVELS)
+def library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("attention") / f"{request.param}.so"
+    build_library(list(SPECS.values()), Target.parse(request.param), path)
+    return path
+
+
+def run(spec: Attention, library: Path, feeds: Feeds, threads: int = 1) -> np.ndarray:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 4
+    options.register_custom_ops_library(str(library))
+    proto = model(spec, 18, SCALE)
+    (y,) = ort.InferenceSession(proto.SerializeToString(), options).run(None, feeds)
+    return np.asarray(y)
+
+
+def operands(
+    spec: Attention,
+    batch: int = 1,
+    heads: int = 2,
+    rows: int = 5,
+    keys: int = 7,
+    inner: int = 16,
+    columns: int = 16,
+    copies: int = 1,
+) -> Feeds:
+    """Normal numbers; `heads` of k and v, `copies` times as many of q; the mask is left out."""
+    random = np.random.default_rng([batch, heads, rows, keys, inner, columns])
+    shapes = {
+        "q": (batch, heads * (copies if spec.grouped else 1), rows, inner),
+        "k": (batch, heads, keys, inner),
+        "v": (batch, heads, keys, columns),
+    }
+    feeds = {}
+    for (name, shape), letter in zip(shapes.items(), spec.layout, strict=False):
+        made = random.standard_normal(shape).astype(np.float32)
+        feeds[name] = np.ascontiguousarray(made.swapaxes(1, 2) if letter == "s" else made)
+    return feeds
+
+
+def check(spec: Attention, feeds: Feeds, y: np.ndarray) -> None:
+    """|error| <= 4·eps·(1 + magnitude of the scores)·(weights of |v|); NaN where the oracle's is.
+
+    An error of d in every score moves a weighted mean of v by at most 2·d·(mean of |v|).
+    """
+    attributes = {"scale": SCALE}
+    with np.errstate(invalid="ignore"):
+        (want,) = spec.reference(feeds, attributes)
+        (spread,) = spec.reference({**feeds, "v": np.abs(feeds["v"])}, attributes)
+    assert y.shape == want.shape
+    np.testing.assert_array_equal(np.isnan(y), np.isnan(want))
+    finite = np.isfinite(want)
+    size = (
+        SCALE
+        * max(1.0, np.abs(feeds["q"][np.isfinite(feeds["q"])]).max(initial=0))
+        * np.abs(feeds["k"][np.isfinite(feeds["k"])]).max(initial=0)
+    )
+    magnitude = 1 + size * np.sqrt(feeds["q"].shape[-1])
+    limit = 4 * np.finfo(np.float32).eps * magnitude * spread
+    assert np.all(np.abs(y - want)[finite] <= limit[finite] + 1e-30)
+
+
+def causal(rows: int, keys: int, lowest: float = LOWEST) -> np.ndarray:
+    allowed = np.arange(keys) <= np.arange(rows)[:, None] + (keys - rows)
+    return np.where(allowed, 0, lowest).astype(np.float32)[None, None]
+
+
+@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 6, 7, 8, 9, 15, 33])
+def test_every_row_count(name: str, rows: int, library: Path) -> None:
+    spec = SPECS[name]
+    for keys in (1, 17, 130):
+        feeds = operands(spec, rows=rows, keys=keys, copies=3)
+        if spec.mask:
+            random = np.random.default_rng(rows)
+            feeds["mask"] = random.standard_normal((1, 1, rows, keys)).astype(np.float32)
+        check(spec, feeds, run(spec, library, feeds))
+
+
+@pytest.mark.parametrize("inner", [1, 3, 4, 8, 15, 16, 31, 64, 65, 80, 130])
+def test_every_width(inner: int, library: Path) -> None:
+    for rows in (2, 9):
+        for columns in (1, 5, 16, 33, 64, 100, 128):
+            feeds = operands(PLAIN, rows=rows, keys=19, inner=inner, columns=columns)
+            check(PLAIN, feeds, run(PLAIN, library, feeds))
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_blocks_of_keys_and_tasks(threads: int, library: Path) -> None:
+    for spec in SPECS.values():
+        for batch, heads, rows, keys in [(1, 3, 300, 300), (3, 2, 40, 257), (2, 30, 1, 128)]:
+            feeds = operands(spec, batch, heads, rows, keys, copies=2)
+            if spec.mask:
+                feeds["mask"] = np.zeros((1, 1, 1, keys), np.float32)
+            check(spec, feeds, run(spec, library, feeds, threads))
+
+
+@pytest.mark.parametrize("lowest", [LOWEST, -np.inf, -1e4])
+@pytest.mark.parametrize("rows", [5, 31, 32, 40, 300])
+def test_causal_masks(rows: int, lowest: float, library: Path) -> None:
+    for name in ("safe", "zero", "nan"):
+        for keys in (rows, rows + 130):
+            feeds = operands(SPECS[name], rows=rows, keys=keys, copies=2)
+            feeds["mask"] = causal(rows, keys, lowest)
+            check(SPECS[name], feeds, run(SPECS[name], library, feeds))
+
+
+def test_padding(library: Path) -> None:
+    """Rows without a weight in the first block of keys; rows of one mask: x + lowest = lowest."""
+    for name in ("safe", "zero", "nan"):
+        feeds = operands(SPECS[name], batch=2, rows=290, keys=290)
+        mask = np.broadcast_to(causal(290, 290), (2, 1, 290, 290)).copy()
+        mask[0, ..., :150] = LOWEST
+        mask[1, ..., 200:] = LOWEST
+        feeds["mask"] = mask
+        check(SPECS[name], feeds, run(SPECS[name], library, feeds))
+
+
+@pytest.mark.parametrize(("name", "outcome"), [("safe", 0.0), ("zero", 0.0), ("nan", np.nan)])
+def test_rows_without_a_key(name: str, outcome: float, library: Path) -> None:
+    for rows, keys in ((3, 5), (40, 300)):
+        feeds = operands(SPECS[name], rows=rows, keys=keys)
+        feeds["mask"] = np.where(np.arange(rows) % 3 == 1, -np.inf, 0.5).astype(np.float32)
+        feeds["mask"] = np.broadcast_to(feeds["mask"][:, None], (1, 1, rows, keys)).copy()
+        y = run(SPECS[name], library, feeds)
+        check(SPECS[name], feeds, y)
+        by_head = y.swapaxes(1, 2) if SPECS[name].layout[3] == "s" else y
+        np.testing.assert_array_equal(by_head[:, :, 1::3], np.float32(outcome))
+
+
+@pytest.mark.parametrize("operand", ["q", "k", "v"])
+@pytest.mark.parametrize("wild", [np.nan, np.inf])
+def test_nan_and_infinity_travel_through_masked_keys(
+    operand: str, wild: float, library: Path
+) -> None:
+    """0·NaN is NaN: keys without weight are left out only where everything is tame."""
+    spec = SPECS["nan"]
+    feeds = operands(spec, heads=1, rows=40, keys=200)
+    feeds["mask"] = causal(40, 200)
+    feeds["mask"][..., 150:] = LOWEST
+    feeds[operand].reshape(-1)[-5] = wild
+    y = run(spec, library, feeds)
+    check(spec, feeds, y)
+    assert np.isnan(y).any()
+
+
+@pytest.mark.parametrize(("query", "key"), [(2e18, 1e19), (1e23, 1e14)])
+def test_large_numbers_outweigh_a_mask(query: float, key: float, library: Path) -> None:
+    spec = SPECS["nan"]
+    feeds = operands(spec, heads=1, rows=40, keys=40)
+    feeds["mask"] = np.where(causal(40, 40) == 0, 0, np.float32(-1e37))
+    feeds["q"] = np.full_like(feeds["q"], query)
+    feeds["k"][..., -1, :] = key
+    (want,) = spec.reference(feeds, {"scale": SCALE})
+    np.testing.assert_allclose(run(spec, library, feeds), want, rtol=1e-6)
+    np.testing.assert_allclose(want[0, 0, 3], feeds["v"][0, -1, 0], rtol=1e-6)
+
+
+def test_nan_weights_count_as_zero_only_if_safe(library: Path) -> None:
+    for name, outcome in (("safe", 0.0), ("zero", np.nan)):
+        feeds = operands(SPECS[name], heads=1, rows=3)
+        feeds["mask"] = np.zeros((1, 1, 3, 7), np.float32)
+        feeds["mask"][0, 0, 1, 2] = np.nan
+        y = run(SPECS[name], library, feeds)
+        check(SPECS[name], feeds, y)
+        np.testing.assert_array_equal(y[:, 1], np.float32(outcome))
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [(), (7,), (5, 1), (5, 7), (2, 1, 7), (3, 1, 1, 1), (1, 2, 1, 7), (3, 2, 5, 7), (1, 1, 5, 7)],
+)
+def test_masks_broadcast(shape: tuple[int, ...], library: Path) -> None:
+    for name in ("safe", "zero", "nan"):
+        feeds = operands(SPECS[name], batch=3)
+        feeds["mask"] = np.random.default_rng(1).standard_normal(shape).astype(np.float32)
+        proto = model(SPECS[name], 18, SCALE)
+        proto.graph.input[3].CopyFrom(_value("mask", len(shape)))
+        options = ort.SessionOptions()
+        options.register_custom_ops_library(str(library))
+        session = ort.InferenceSession(proto.SerializeToString(), options)
+        check(SPECS[name], feeds, np.asarray(session.run(None, feeds)[0]))
+
+
+def _value(name: str, rank: int) -> onnx.ValueInfoProto:
+    return onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [None] * rank)
+
+
+def test_operands_broadcast_as_matmul_has_it(library: Path) -> None:
+    for narrow in ("q", "k", "v"):
+        for axis in (0, 1):
+            feeds = operands(PLAIN, batch=3)
+            feeds[narrow] = feeds[narrow].take([0], axis=axis)
+            check(PLAIN, feeds, run(PLAIN, library, feeds))
+
+
+def test_a_mask_has_more_rows_than_q(library: Path) -> None:
+    spec = SPECS["nan"]
+    feeds = operands(spec, rows=1)
+    feeds["mask"] = np.random.default_rng(1).standard_normal((4, 2, 9, 7)).astype(np.float32)
+    y = run(spec, library, feeds)
+    assert y.shape == (4, 9, 2, 16) or y.shape == (4, 2, 9, 16)
+    check(spec, feeds, y)
+
+
+def test_nothing_to_do(library: Path) -> None:
+    for batch, rows, keys in ((0, 3, 4), (2, 0, 4), (2, 3, 0)):
+        for spec in SPECS.values():
+            feeds = operands(spec, batch=batch, rows=rows, keys=keys)
+            if spec.mask:
+                feeds["mask"] = np.zeros((1, 1, rows, keys), np.float32)
+            y = run(spec, library, feeds)
+            (want,) = spec.reference(feeds, {"scale": SCALE})
+            np.testing.assert_array_equal(y, want)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "message"),
+    [
+        ("k", (1, 2, 7, 15), "last axis than q"),
+        ("k", (1, 3, 7, 16), "heads"),
+        ("k", (2, 7, 16), "four axes"),
+        ("v", (1, 2, 8, 16), "rows than k"),
+        ("mask", (1, 1, 5, 6), "does not broadcast to the scores"),
+        ("mask", (1, 1, 4, 7), "does not broadcast to the scores"),
+    ],
+)
+def test_wrong_shapes_are_refused(
+    name: str, shape: tuple[int, ...], message: str, library: Path
+) -> None:
+    spec = Attention("hhss", mask=True, grouped=True, empty="zero")
+    feeds = operands(spec) | {"mask": np.zeros((1, 1, 5, 7), np.float32)}
+    made = np.zeros(shape, np.float32)
+    feeds[name] = made.swapaxes(1, 2) if name == "v" else made
+    proto = model(spec, 18, SCALE)
+    for value in proto.graph.input:
+        value.CopyFrom(_value(value.name, feeds[value.name].ndim))
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    options.register_custom_ops_library(str(library))
+    with pytest.raises(Exception, match=message):
+        ort.InferenceSession(proto.SerializeToString(), options).run(None, feeds)
+
+
+@pytest.mark.parametrize("level", ["x86-64-v2", "x86-64-v3", "x86-64-v4", "aarch64"])
+def test_kernels_need_no_heap_and_little_stack(level: str) -> None:
+    assembly = compile_module([SPECS["safe"]], Target.parse(level)).inspect_source("asm")
+    assert "TVMBackend" not in assembly
+    frames = re.findall(r"sub(?:q\s+\$|\s+sp, sp, #)(\d+)", assembly)
+    assert 0 < sum(map(int, frames)) < 16384

@@ -1,0 +1,162 @@
+"""Linear kernels inside onnxruntime against float64: every tile, tail, level and thread count."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+
+from fusenorm.lower import Target, build_library
+from fusenorm.ops import DTYPES, Linear
+from fusenorm.ops.linear import PANEL, unpack
+from tests.kernels.cases import evaluate, pairwise
+from tests.ops.test_linear_op import BETA, model
+
+pytestmark = pytest.mark.kernel
+
+SPECS = pairwise(spec for spec in Linear.variants() if spec.dtype != "f64")
+SHAPED = [
+    Linear(bias=True),
+    Linear("gelu"),
+    Linear("swish", gated=True),
+    Linear("swish", gated=True, bias=True, dtype="f16"),
+]
+LEVELS = [
+    level
+    for level in ("x86-64-v2", "x86-64-v3", "x86-64-v4", "aarch64")
+    if Target.parse(level).machine == Target.host().machine
+    and set(Target.parse(level).features) <= set(Target.host().features)
+]
+
+
+@pytest.fixture(scope="module", params=LEVELS)
+def library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("linear") / f"{request.param}.so"
+    build_library(
+        [*SPECS, *SHAPED, Linear(), Linear("relu", bias=True)], Target.parse(request.param), path
+    )
+    return path
+
+
+def session(spec: Linear, library: Path, threads: int = 1, rank: int = 2) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 4
+    options.register_custom_ops_library(str(library))
+    return ort.InferenceSession(model(spec, 18, rank).SerializeToString(), options)
+
+
+def feeds(spec: Linear, rows: tuple[int, ...], inner: int, columns: int) -> dict[str, np.ndarray]:
+    random = np.random.default_rng([inner, columns, *rows])
+    panels = columns // PANEL * (2 if spec.gated else 1)
+    shapes = {"row": (*rows, inner), "panels": (panels, inner, PANEL), "vector": (columns,)}
+    return {
+        slot.name: random.standard_normal(shapes[slot.layout]).astype(DTYPES[slot.dtype].numpy)
+        for slot in spec.inputs
+    }
+
+
+def round_each(spec: Linear, given: dict[str, np.ndarray]) -> tuple[np.ndarray, list[np.ndarray]]:
+    """The op with sums in float64 and a rounding to f16 at every node; y and its factors."""
+    wide = {name: array.astype(np.float64) for name, array in given.items()}
+    panels = [wide["weight"][part::2] for part in (0, 1)] if spec.gated else [wide["weight"]]
+    names = ("gate_bias", "up_bias") if spec.gated else ("bias",)
+    parts = []
+    for part, name in zip(panels, names, strict=True):
+        value = (wide["x"] @ unpack(part)).astype(np.float16)
+        parts.append(value + given[name] if spec.bias else value)
+    if not spec.gated and spec.activation == "identity":
+        return parts[0], parts
+    inputs = ("gate", "up") if spec.gated else ("x",)
+    return evaluate(spec.unit, dict(zip(inputs, parts, strict=True)))[0], parts
+
+
+def check(spec: Linear, given: dict[str, np.ndarray], made: np.ndarray) -> None:
+    """|error| <= 4·eps·(sum of magnitudes) carried through the activation.
+
+    In 16 bits the oracle is the body node by node: one unit in the last place of the product of
+    the factors' sizes per rounding point, and nearly all bits equal.
+    """
+    steep = spec.activation == "relu2"
+    if spec.dtype == "f16":
+        rounded, parts = round_each(spec, given)
+        assert (made.shape, made.dtype) == (rounded.shape, rounded.dtype)
+        sizes = [np.maximum(np.abs(part.astype(np.float64)), 1.0) for part in parts]
+        scale = np.prod(sizes, axis=0) * (2 * sizes[0] if steep else 1.0)
+        points = 2 + 2 * spec.gated + 6 * (spec.precision == "storage")
+        error = np.abs(made.astype(np.float64) - rounded)
+        assert np.all(error <= points * scale * 2.0**-10)
+        # In GELU's tail 1 + erf cancels, and long sums meet ties: the last bits are those of f32.
+        if given["x"].shape[-1] > 64:
+            return
+        plain = np.abs(rounded) > 2.0**-6
+        assert np.mean(made[plain] == rounded[plain]) >= 0.99
+        return
+    (want,) = spec.reference(given, dict.fromkeys(spec.attributes, BETA))
+    assert made.shape == want.shape
+    magnitudes = {name: np.abs(array) for name, array in given.items()}
+    (magnitude,) = Linear("identity", gated=spec.gated, bias=spec.bias).reference(magnitudes, {})
+    scale = np.maximum(magnitude, 1.0) * (2 * magnitude if steep else 2.0)
+    assert np.all(np.abs(made - want) <= 4 * np.finfo(np.float32).eps * scale)
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.op_type)
+def test_every_op_and_row_count(spec: Linear, library: Path) -> None:
+    run = session(spec, library)
+    for rows in (1, 2, 3, 4, 5, 6, 7, 8, 9, 17):
+        given = feeds(spec, (rows,), 33, 2 * PANEL)
+        check(spec, given, run.run(None, given)[0])
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("spec", SHAPED, ids=lambda spec: spec.op_type)
+def test_shapes_and_threads(spec: Linear, library: Path, threads: int) -> None:
+    for rows, inner, columns in [
+        ((2, 3), 1, PANEL), ((1, 1), 768, 96), ((250,), 700, 160), ((3, 33), 64, 1024),
+        ((1,), 2048, 2048), ((60,), 5000, PANEL),
+    ]:  # fmt: skip
+        given = feeds(spec, rows, inner, columns)
+        run = session(spec, library, threads, len(rows) + 1)
+        check(spec, given, run.run(None, given)[0])
+
+
+def test_no_rows(library: Path) -> None:
+    spec = Linear("relu", bias=True)
+    given = feeds(spec, (0, 3), 8, PANEL)
+    assert session(spec, library, rank=3).run(None, given)[0].shape == (0, 3, PANEL)
+
+
+def test_nan_and_infinity_travel(library: Path) -> None:
+    for spec in (Linear(), *SHAPED):
+        given = feeds(spec, (9,), 8, PANEL)
+        given["x"][3, 2] = np.nan
+        (made,) = session(spec, library).run(None, given)
+        assert np.isnan(made[3]).all()
+        assert np.isfinite(np.delete(made, 3, axis=0)).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "message"),
+    [
+        ("weight", (2, 9, PANEL), "panels as high as the last axis of x"),
+        ("weight", (2, 8, 16), "panels as high as the last axis of x"),
+        ("bias", (32,), "vector as long as the weight has columns"),
+    ],
+)
+def test_wrong_shapes_are_refused(
+    library: Path, name: str, shape: tuple[int, ...], message: str
+) -> None:
+    spec = Linear(bias=True)
+    given = feeds(spec, (2,), 8, 2 * PANEL)
+    given[name] = np.zeros(shape, np.float32)
+    with pytest.raises(Exception, match=message):
+        session(spec, library).run(None, given)
+
+
+def test_a_gated_weight_holds_pairs_of_panels(library: Path) -> None:
+    spec = Linear("swish", gated=True)
+    given = feeds(spec, (2,), 8, PANEL) | {"weight": np.zeros((3, 8, PANEL), np.float32)}
+    with pytest.raises(Exception, match="panels"):
+        session(spec, library).run(None, given)

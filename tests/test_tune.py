@@ -1,0 +1,96 @@
+"""What does not pay is left to onnxruntime, measured once and remembered."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+import fusenorm
+from fusenorm import tune
+from fusenorm.lower import Target, build_library
+from fusenorm.ops import Linear
+from fusenorm.passes import Validator
+from fusenorm.pipeline import lower_regions
+from fusenorm.tune import Paying, Problem, problems, slower
+from tests.graphs import model, rows
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path / "fusenorm" / "choices.json"
+
+
+@pytest.fixture
+def two_maps() -> onnx.ModelProto:
+    """Two products of one shape, then one of another."""
+    return model(
+        "a = MatMul (x, w)\n b = MatMul (a, v)\n y = MatMul (b, u)",
+        outputs="float[b,s,96] y",
+        constants={"w": rows(8, 64), "v": rows(64, 64), "u": rows(64, 96)},
+    )
+
+
+WIDE, SQUARE = Problem("Linear", (2, 8, 32)), Problem("Linear", (2, 64, 32))
+
+
+def test_problems_are_distinct_shapes(two_maps: onnx.ModelProto) -> None:
+    lowered, _ = lower_regions(fusenorm.optimize(two_maps).model)
+    assert problems(lowered) == [WIDE, SQUARE, Problem("Linear", (3, 64, 32))]
+
+
+def test_what_was_slower_stays_and_says_so(two_maps: onnx.ModelProto) -> None:
+    check = Paying(Validator(), {SQUARE: 0.9})
+    _, regions = lower_regions(fusenorm.optimize(two_maps).model, check)
+    assert [site.status for site in regions] == ["fused", "refused", "fused"]
+    assert regions[1].reason == "slower"
+    assert "0.90 of onnxruntime's speed" in str(regions[1].detail)
+
+
+def test_a_measurement_is_remembered(
+    two_maps: onnx.ModelProto, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lowered, _ = lower_regions(fusenorm.optimize(two_maps).model)
+    measured: list[Problem] = []
+
+    def share(problem: Problem, library: Path) -> float:
+        measured.append(problem)
+        return 0.5 if problem == SQUARE else 1.5
+
+    monkeypatch.setattr(tune, "share", share)
+    assert slower(lowered, Path("none.so"), "x86-64-v3") == {SQUARE: 0.5}
+    assert slower(lowered, Path("none.so"), "x86-64-v3") == {SQUARE: 0.5}
+    assert len(measured) == 3
+    slower(lowered, Path("none.so"), "x86-64-v4")
+    assert len(measured) == 6
+    cache.write_text("damaged {", encoding="utf-8")
+    slower(lowered, Path("none.so"), "x86-64-v4")
+    assert len(measured) == 9
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("dtype", ["f32", "f16"])
+def test_measures_both_sides(tmp_path: Path, dtype: str) -> None:
+    spec = Linear("swish", gated=True, bias=True, dtype=dtype)  # type: ignore[arg-type]
+    library = tmp_path / "ops.so"
+    build_library([spec], Target.host(), library)
+    assert 0.01 < tune.share(Problem(spec.op_type, (4, 40, 32)), library) < 100
+
+
+@pytest.mark.kernel
+def test_compile_leaves_out_what_does_not_pay(
+    two_maps: onnx.ModelProto, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tune, "share", lambda problem, library: 0.5)
+    tuned = fusenorm.compile(fusenorm.optimize(two_maps))
+    assert {site["reason"] for site in tuned.report["regions"]} == {"slower"}  # type: ignore[index]
+    assert tuned.libraries == []
+    whole = fusenorm.compile(fusenorm.optimize(two_maps), tune=False)
+    assert {site["status"] for site in whole.report["regions"]} == {"fused"}  # type: ignore[index]
+    feed = {"x": rows(2, 3, 8)}
+    a = fusenorm.load(tuned.save(tmp_path / "a.fnorm")).run(None, feed)[0]
+    b = fusenorm.load(whole.save(tmp_path / "b.fnorm")).run(None, feed)[0]
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-4 * float(np.abs(a).max()))

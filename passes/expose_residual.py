@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from fusenorm.passes import facts
-from fusenorm.passes.fuse_residual import read_norm
+from fusenorm.passes.fuse_norm import read_norm
 from fusenorm.passes.pattern import Refusal, node_name
 
 
@@ -75,7 +75,10 @@ def _cancel_transposes(graph: ir.Graph, norm: ir.Node) -> bool:
         return False
     outer, add = found
     total, moved = add.outputs[0], outer.outputs[0]
-    if len(total.uses()) != 1 or total.is_graph_output():
+    if len(total.uses()) != 1 or total.is_graph_output() or moved.is_graph_output():
+        return False
+    rank = facts.rank(total)
+    if outer.graph is not graph or rank is None:
         return False
     for index, operand in enumerate(add.inputs):
         inner = operand.producer() if operand is not None else None
@@ -85,18 +88,19 @@ def _cancel_transposes(graph: ir.Graph, norm: ir.Node) -> bool:
         source = inner.inputs[0]
         if source is None or other is None or not _undo(inner, outer):
             continue
-        if facts.rank(other) != facts.rank(total) or facts.rank(source) != facts.rank(total):
+        if other.shape is None or other.shape.rank() != rank or facts.rank(source) != rank:
             continue  # a broadcast operand of lower rank has other axes to move
         turned = ir.node(
             "Transpose", [other], attributes=dict(outer.attributes), name=node_name(outer)
         )
         graph.insert_before(add, turned)
+        axes = outer.attributes["perm"].as_ints()
         turned.outputs[0].type = other.type
+        turned.outputs[0].shape = ir.Shape([other.shape[axis] for axis in axes])
         add.replace_input_with(index, source)
         add.replace_input_with(1 - index, turned.outputs[0])
         moved.replace_all_uses_with(total)
         facts.copy_facts(moved, total)
-        facts.copy_facts(moved, turned.outputs[0])
         graph.remove(outer, safe=True)
         return True
     return False

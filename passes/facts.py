@@ -5,12 +5,14 @@ Everything here is conservative: None or False means "not proved", never "no".
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import dataclasses
+import itertools
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import onnx_ir as ir
 
-from fusenorm.ops.spec import DOMAIN, DTYPE_OF_ONNX, DType
+from fusenorm.ops.spec import DOMAIN, DTYPE_OF_ONNX, DTYPES, DType
 
 _ELEMENTWISE = frozenset(
     "Add Sub Mul Div Pow Min Max Where PRelu And Or Xor Equal Less Greater Mod".split()
@@ -21,6 +23,7 @@ _KEEPS_SHAPE = frozenset(
     "QuantizeLinear DequantizeLinear Reciprocal Relu RMSNormalization Round Selu Sigmoid Sign Sin "
     "Softmax Softplus Softsign Sqrt Swish Tanh ThresholdedRelu".split()
 )
+_Dim = int | ir.SymbolicDim
 _MAX_WALK = 256
 _LAST_DIM = "fusenorm.last_dim"
 
@@ -63,10 +66,16 @@ def attribute_int(node: ir.Node, name: str, default: int) -> int:
 
 def is_last_axis(axis: int, value: ir.Value) -> bool:
     """Whether `axis` provably names the last dimension of `value`."""
-    if axis == -1:
-        return True
+    return trailing_axes([axis], value) is not None
+
+
+def trailing_axes(axes: Sequence[int], value: ir.Value) -> int | None:
+    """How many `axes` there are, if they provably are the last ones of `value` and no others."""
     known = rank(value)
-    return known is not None and axis == known - 1
+    if known is None and any(axis >= 0 for axis in axes):
+        return None
+    from_end = sorted(axis if axis < 0 else axis - known for axis in axes)  # type: ignore[operator]
+    return len(axes) if axes and from_end == list(range(-len(axes), 0)) else None
 
 
 def last_dim(value: ir.Value) -> int | None:
@@ -76,6 +85,18 @@ def last_dim(value: ir.Value) -> int | None:
         if isinstance(size, int):
             return size
     return value.meta.get(_LAST_DIM)
+
+
+def trailing_dims(value: ir.Value, count: int) -> tuple[int, ...] | None:
+    """The sizes of the last `count` dimensions; None unless each is known and, of several, > 0."""
+    size = last_dim(value)
+    if count == 1 or size is None:
+        return None if size is None else (size,)
+    known = rank(value)
+    if known is None or known < count:
+        return None
+    dims = (*value.shape[-count:-1], size)  # type: ignore[index]
+    return dims if all(isinstance(dim, int) and dim > 0 for dim in dims) else None
 
 
 def annotate(graph: ir.Graph) -> None:
@@ -89,6 +110,14 @@ def annotate(graph: ir.Graph) -> None:
                 size = _infer_last_dim(node, value)
                 if size is not None:
                     value.meta[_LAST_DIM] = size
+
+
+def assume_row(value: ir.Value, dtype: DType, size: int | None) -> None:
+    """Record of a value nothing is known of what the operator that reads it requires."""
+    if value.dtype is None:
+        value.dtype = DTYPES[dtype].onnx
+    if last_dim(value) is None and size is not None:
+        value.meta[_LAST_DIM] = size
 
 
 def copy_facts(source: ir.Value, target: ir.Value) -> None:
@@ -119,16 +148,15 @@ def _infer_last_dim(node: ir.Node, value: ir.Value) -> int | None:
         if target is None:
             return _last_element(second)
         return int(target[-1]) if target.size and target[-1] > 0 else None
-    if half_of(value) is not None:
-        size = last_dim(first)
-        return size // 2 if size is not None else None
-    return None
+    half = half_of(value)
+    size = last_dim(half[0]) if half is not None else None
+    return size // 2 if size is not None else None
 
 
 def _last_element(shape: ir.Value | None) -> int | None:
     """The last entry of a computed shape, where it is a Concat ending in a constant."""
     node = shape.producer() if shape is not None else None
-    if node is None or node.op_type != "Concat":
+    if node is None or node.op_type != "Concat" or node.domain != "":
         return None
     tail = constant(node.inputs[-1])
     if tail is None or not tail.size or int(tail.reshape(-1)[-1]) <= 0:
@@ -136,11 +164,12 @@ def _last_element(shape: ir.Value | None) -> int | None:
     return int(tail.reshape(-1)[-1])
 
 
-def is_vector(value: ir.Value, size: int) -> bool:
-    """Whether `value` provably is one row of `size` numbers: [size] or [1, ..., 1, size]."""
+def is_vector(value: ir.Value, *dims: int) -> bool:
+    """Whether `value` provably is one row of shape `dims`, up to 1s in front of either."""
     if value.shape is None or value.shape.rank() == 0:
         return False
-    return value.shape[-1] == size and all(dim == 1 for dim in list(value.shape)[:-1])
+    own, wanted = (list(itertools.dropwhile(lambda dim: dim == 1, d)) for d in (value.shape, dims))
+    return own == wanted
 
 
 def same_shape(a: ir.Value, b: ir.Value) -> bool:
@@ -157,9 +186,9 @@ def same_shape(a: ir.Value, b: ir.Value) -> bool:
     return size is not None and size == last_dim(b) and _origin(a) is _origin(b)
 
 
-def _equal_dims(a: ir.Shape, b: ir.Shape) -> bool:
+def _equal_dims(a: ir.Shape | Sequence[_Dim], b: ir.Shape | Sequence[_Dim]) -> bool:
     """Whether every dimension is the same number or the same named symbol."""
-    return a.rank() == b.rank() and all(
+    return len(a) == len(b) and all(
         x == y and (isinstance(x, int) or x.value is not None) for x, y in zip(a, b, strict=True)
     )
 
@@ -195,34 +224,36 @@ def _row_source(node: ir.Node, value: ir.Value) -> ir.Value | None:
         return None
     if node.op_type == "Split" and node.inputs[0] is not None:
         return node.inputs[0] if is_last_axis(attribute_int(node, "axis", 0), value) else None
-    if node.op_type == "Slice" and half_of(value) is not None:
-        return node.inputs[0]
-    return None
+    half = half_of(value)
+    return half[0] if half is not None else None
 
 
 def operands(node: ir.Node) -> Iterator[ir.Value]:
     """Every value a node reads, those its subgraphs capture included."""
     yield from (value for value in node.inputs if value is not None)
+    for body in bodies(node):
+        yield from body.outputs
+        for inner in body:
+            yield from operands(inner)
+
+
+def bodies(node: ir.Node) -> Iterator[ir.Graph]:
+    """The subgraphs of an If, Loop or Scan."""
     for attribute in node.attributes.values():
         if attribute.type == ir.AttributeType.GRAPH:
-            bodies = [attribute.as_graph()]
+            yield attribute.as_graph()
         elif attribute.type == ir.AttributeType.GRAPHS:
-            bodies = list(attribute.as_graphs())
-        else:
-            continue
-        for body in bodies:
-            yield from body.outputs
-            for inner in body:
-                yield from operands(inner)
+            yield from attribute.as_graphs()
 
 
 def half_of(value: ir.Value) -> tuple[ir.Value, str, int] | None:
     """(source, "halves" or "interleaved", 0 or 1) if `value` is that half of source's columns.
 
-    Knows Split into two equal parts and Slice with constant bounds.
+    Knows Split into two equal parts, Slice and Gather with constants, and the parts of a view
+    [..., 2, D] or [..., D, 2] of source.
     """
     node = value.producer()
-    if node is None or node.domain != "" or node.inputs[0] is None:
+    if node is None or node.domain != "" or not node.inputs or node.inputs[0] is None:
         return None
     source = node.inputs[0]
     if node.op_type == "Split":
@@ -237,22 +268,121 @@ def half_of(value: ir.Value) -> tuple[ir.Value, str, int] | None:
         if sizes is None and size is None:
             return None
         return source, "halves", list(node.outputs).index(value)
+    view = view_of(value)
+    if view is not None:
+        return view.source, "halves" if view.axis == -2 else "interleaved", view.part
+    size = last_dim(source)
+    taken = _taken(value, size) if size and size % 2 == 0 else None
+    if size is None or taken is None or not taken.keeps or not is_last_axis(taken.axis, source):
+        return None
+    for part in (0, 1):
+        if taken.places == range(part * size // 2, (part + 1) * size // 2):
+            return source, "halves", part
+        if taken.places == range(part, size, 2):
+            return source, "interleaved", part
+    return None
+
+
+@dataclasses.dataclass(frozen=True)
+class View:
+    """One part of the pairs a Reshape makes of a row.
+
+    Attributes:
+        source: the row, [..., 2D].
+        target: the shape it is given.
+        pair: the end of that shape: (2, D) if `axis` is -2, (D, 2) if it is -1.
+        axis: the axis of the two parts.
+        part: which of them.
+    """
+
+    source: ir.Value
+    target: ir.Value
+    pair: tuple[int, int]
+    axis: int
+    part: int
+
+
+def view_of(value: ir.Value) -> View | None:
+    """The view `value` provably is a part of, without the axis of the parts."""
+    squeeze = _made_by(value, "Squeeze")
+    part = squeeze.inputs[0] if squeeze is not None else value
+    taken, node = (_taken(part, 2), part.producer()) if part is not None else (None, None)
+    if taken is None or node is None or len(taken.places) != 1 or taken.keeps == (part is value):
+        return None
+    pairs = node.inputs[0]
+    reshape = _made_by(pairs, "Reshape")
+    if pairs is None or pairs.shape is None or reshape is None:
+        return None
+    (source, target), known = reshape.inputs, pairs.shape.rank()
+    axis = taken.axis - known if taken.axis >= 0 else taken.axis
+    if taken.keeps and _squeezed_axis(squeeze) not in (axis, axis + known):
+        return None
+    size = last_dim(source) if source is not None else None
+    if source is None or source.shape is None or target is None or not size or size % 2:
+        return None
+    pair = (2, size // 2) if axis == -2 else (size // 2, 2)
+    before, after = source.shape[:-1], pairs.shape[:-2]
+    # Where all but one of the leading dimensions stay, so does that one.
+    moved = [x for x, y in zip(before, after, strict=False) if not _equal_dims((x,), (y,))]
+    whole = len(before) == len(after) and len(moved) <= 1
+    if not whole or axis not in (-2, -1) or tuple(pairs.shape[-2:]) != pair:
+        return None
+    return View(source, target, pair, axis, taken.places[0])
+
+
+def _made_by(value: ir.Value | None, op_type: str) -> ir.Node | None:
+    """The standard node of this type that makes `value`."""
+    node = value.producer() if value is not None else None
+    return node if node is not None and (node.domain, node.op_type) == ("", op_type) else None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Taken:
+    """What a node takes of an axis: which places, and whether the axis stays."""
+
+    axis: int
+    places: range
+    keeps: bool = True
+
+
+def _taken(value: ir.Value, size: int) -> _Taken | None:
+    """What a Split in two, a Slice or a Gather takes of an axis of `size` places, if constant."""
+    node = value.producer()
+    if node is None or node.domain != "":
+        return None
+    if node.op_type == "Split" and len(node.outputs) == size == 2:
+        part = list(node.outputs).index(value)
+        return _Taken(attribute_int(node, "axis", 0), range(part, part + 1))
+    if node.op_type == "Gather":
+        indices = constant(node.inputs[1])
+        if indices is None or not indices.size or indices.ndim > 1:
+            return None
+        places = [int(index) % size for index in indices.reshape(-1)]
+        step = places[1] - places[0] if len(places) > 1 else 1
+        even = range(places[0], places[0] + step * len(places), step or 1)
+        if list(even) != places:
+            return None
+        return _Taken(attribute_int(node, "axis", 0), even, indices.ndim == 1)
     if node.op_type != "Slice" or len(node.inputs) < 4:
         return None
     bounds = [constant(operand) for operand in node.inputs[1:]]
-    size = last_dim(source)
-    if any(bound is None or bound.size != 1 for bound in bounds) or size is None or size % 2:
+    if any(bound is None or bound.size != 1 for bound in bounds):
         return None
     start, end, axis, *steps = (int(bound.reshape(())) for bound in bounds)  # type: ignore[union-attr]
-    if not is_last_axis(axis, source):
+    return _Taken(axis, range(size)[slice(start, end, steps[0] if steps else 1)])
+
+
+def _squeezed_axis(node: ir.Node | None) -> int | None:
+    """The one axis a Squeeze drops; None if that cannot be known."""
+    if node is None:
         return None
-    columns = range(size)[slice(start, end, steps[0] if steps else 1)]
-    for part in (0, 1):
-        if columns == range(part * size // 2, (part + 1) * size // 2):
-            return source, "halves", part
-        if columns == range(part, size, 2):
-            return source, "interleaved", part
-    return None
+    axes: list[int] = []
+    if "axes" in node.attributes:
+        axes = list(node.attributes["axes"].as_ints())
+    elif len(node.inputs) > 1:
+        given = constant(node.inputs[1])
+        axes = [] if given is None else [int(axis) for axis in given.reshape(-1)]
+    return axes[0] if len(axes) == 1 else None
 
 
 def _split_sizes(node: ir.Node) -> list[int] | None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import math
 from typing import Literal
 
 import numpy as np
 import onnx_ir as ir
 
 from fusenorm.ops.norm import Norm
-from fusenorm.ops.spec import DType
+from fusenorm.ops.spec import DOMAIN, DType
 from fusenorm.passes import facts
 from fusenorm.passes.pattern import (
     Miss,
@@ -85,16 +87,18 @@ class _FuseNorm(Rule):
         if dtype != facts.dtype_of(y):
             detail = f"input is {dtype}, output {facts.dtype_of(y)}"
             return Refusal("types", name, detail)
-        size = facts.last_dim(x)
-        if size is None:
-            return Refusal("hidden_unknown", name, f"the last dimension of {x.name} is unknown")
+        assert match.axes is not None
+        dims = facts.trailing_dims(x, match.axes)
+        if dims is None:
+            detail = f"the last {match.axes} dimensions of {x.name} are not all known"
+            return Refusal("hidden_unknown", name, detail)
         vectors = {}
         for slot in ("scale", "bias"):
             if slot not in found:
                 continue
-            vector = as_vector(found[slot], size, facts.rank(x))
+            vector = as_row(found[slot], dims, facts.rank(x))
             if vector is None:
-                detail = f"{found[slot].name} is not one row of {size} numbers"
+                detail = f"{found[slot].name} is not one row of {list(dims)} numbers"
                 return Refusal(f"{slot}_shape", name, detail)
             vectors[slot] = vector
         spec = Norm(
@@ -114,6 +118,7 @@ class _FuseNorm(Rule):
             attributes={"epsilon": epsilon},
             outputs=(y,),
             nodes=match.nodes,
+            merged=dims if len(dims) > 1 else (),
         )
 
 
@@ -125,10 +130,16 @@ def _where(value: ir.Value | None, dtype: DType) -> Literal["f32", "storage"]:
 
 
 def as_vector(value: ir.Value, size: int, rank: int | None) -> ir.Value | None:
-    """`value` where it is one row of `size` numbers; a constant scalar is repeated into one.
+    """`as_row` for a row of one axis."""
+    return as_row(value, (size,), rank)
+
+
+def as_row(value: ir.Value, dims: tuple[int, ...], rank: int | None) -> ir.Value | None:
+    """`value` where it is one row of shape `dims`; a constant scalar is repeated into one.
 
     A row of higher rank than x would enlarge x, so it must not have more dimensions.
     """
+    size = math.prod(dims)
     number = facts.scalar(value)
     if number is not None and size > 1:
         array = facts.constant(value)
@@ -140,11 +151,59 @@ def as_vector(value: ir.Value, size: int, rank: int | None) -> ir.Value | None:
         )
         repeated.const_value.name = repeated.name  # type: ignore[union-attr]
         return repeated
-    if not facts.is_vector(value, size):
+    if not facts.is_vector(value, *dims):
         return None
     assert value.shape is not None
     own = value.shape.rank()
     return value if own == 1 or (rank is not None and own <= rank) else None
+
+
+@dataclasses.dataclass(frozen=True)
+class NormNode:
+    """A norm found in the graph, ours or the standard's, in our terms."""
+
+    spec: Norm
+    vectors: tuple[ir.Value, ...]
+    epsilon: float
+
+
+def read_norm(node: ir.Node) -> NormNode | Refusal | None:
+    """The norm a node computes, None if it is none, a refusal if it is one we cannot express."""
+    if node.domain == DOMAIN:
+        spec = Norm.parse(node.op_type)
+        if spec is None or spec.skip:
+            return None
+        vectors = tuple(value for value in node.inputs[1:] if value is not None)
+        return NormNode(spec, vectors, node.attributes["epsilon"].as_float())
+    if node.domain != "" or node.op_type not in ("LayerNormalization", "RMSNormalization"):
+        return None
+    name, x = node_name(node), node.inputs[0]
+    assert x is not None
+    dtype, size = facts.dtype_of(x), facts.last_dim(x)
+    if not facts.is_last_axis(facts.attribute_int(node, "axis", -1), x):
+        return Refusal("axis", name, "normalises more than the last axis")
+    if any(out.uses() or out.is_graph_output() for out in node.outputs[1:]):
+        return Refusal("stats_used", name, "its Mean or InvStdDev output is used")
+    if facts.attribute_int(node, "stash_type", 1) != 1 or dtype not in ("f32", "f16", "bf16"):
+        return Refusal("types", name, f"statistics of {dtype} in another type than f32")
+    found: list[ir.Value] = []
+    for value in node.inputs[1:]:
+        if value is None:
+            continue
+        scale_size = size or facts.last_dim(value) or 0
+        vector = as_vector(value, scale_size, 1)
+        if vector is None:
+            return Refusal("scale_shape", name, f"{value.name} is not one row of {scale_size}")
+        found.append(vector)
+    types = [facts.dtype_of(vector) for vector in found]
+    epsilon = node.attributes.get("epsilon")
+    spec = Norm(
+        centred=node.op_type == "LayerNormalization",
+        dtype=dtype,
+        scale=types[0],
+        bias=types[1] if len(types) > 1 else None,
+    )
+    return NormNode(spec, tuple(found), 1e-5 if epsilon is None else epsilon.as_float())
 
 
 class FuseLayerNorm(_FuseNorm):
@@ -155,19 +214,21 @@ class FuseLayerNorm(_FuseNorm):
     square as Pow 2, x·x or ReduceSumSquare; variance also as mean(x²) - mean(x)²; mean as
     ReduceMean or a sum divided by the size; division by the root, by Reciprocal, by 1/√ or
     Pow -0.5; operands in any order; scale applied to the centred value, to the inverse root or
-    last; 16-bit models with or without an f32 island of Casts.
+    last; 16-bit models with or without an f32 island of Casts. Also a standard
+    RMSNormalization of x - mean(x).
 
     ## Formula
-    y = (x - mean(x)) / sqrt(mean((x - mean(x))²) + epsilon) · scale + bias over the last axis.
+    y = (x - mean(x)) / sqrt(mean((x - mean(x))²) + epsilon) · scale + bias over the last axis,
+    or over several last axes of known sizes: a Reshape makes them one and another undoes it.
 
     ## Numerics
     Statistics in f32, two-pass. The rounding before scale and bias is kept where the graph has
     it.
 
     ## Refuses
-    `axis`, `keepdims`: not the last axis, or the axis dropped. `scale_shape`, `bias_shape`: not
-    one row of the hidden size. `not_scalar`: epsilon is no constant scalar. `types`,
-    `hidden_unknown`, `check_failed`.
+    `axis`, `keepdims`: not the last axes, or the axes dropped. `scale_shape`, `bias_shape`: not
+    one row of the normalised axes' shape. `not_scalar`: epsilon is no constant scalar.
+    `hidden_unknown`: an axis of unknown size. `types`, `check_failed`.
 
     ## References
     arXiv 1607.06450; ONNX LayerNormalization-17.
@@ -175,7 +236,37 @@ class FuseLayerNorm(_FuseNorm):
 
     name = "layer_norm"
     op = "LayerNorm"
+    roots = _FuseNorm.roots | {"RMSNormalization"}
     subtract_mean = True
+
+    def propose(self, root: ir.Node) -> Rewrite | Miss | None:
+        c = root.inputs[0]
+        if root.op_type != "RMSNormalization":
+            return super().propose(root)
+        if c is None:
+            return None
+        return first_accepted(
+            centred(Var("x"), "x"), c, lambda match: self._of_centred(root, c, match)
+        )
+
+    def _of_centred(self, root: ir.Node, c: ir.Value, match: State) -> Rewrite | Refusal:
+        """RMSNormalization of c = x - mean(x)."""
+        norm = read_norm(root)
+        assert norm is not None
+        if isinstance(norm, Refusal):
+            return norm
+        if match.axes != 1:
+            detail = f"the mean is over {match.axes} axes, the norm over the last one"
+            return Refusal("axis", node_name(root), detail)
+        spec = norm.spec
+        return Rewrite(
+            rule=self.name,
+            spec=dataclasses.replace(spec, centred=True, centre=_where(c, spec.dtype)),
+            inputs=(match.bindings["x"], *norm.vectors),
+            attributes={"epsilon": norm.epsilon},
+            outputs=(root.outputs[0],),
+            nodes=(*match.nodes, root),
+        )
 
 
 class FuseRMSNorm(_FuseNorm):
@@ -186,7 +277,7 @@ class FuseRMSNorm(_FuseNorm):
     scale missing, folded as 1 + γ, scalar, or applied in the 16-bit type after the cast.
 
     ## Formula
-    y = x / sqrt(mean(x²) + epsilon) · scale + bias over the last axis.
+    y = x / sqrt(mean(x²) + epsilon) · scale + bias over the last axis or axes (see layer_norm).
 
     ## Numerics
     Statistics in f32. `x_hat.to(T) * scale` (Llama) and `(x_hat * scale).to(T)` (Gemma, OLMo2)

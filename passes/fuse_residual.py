@@ -10,7 +10,7 @@ import onnx_ir as ir
 from fusenorm.ops.norm import Norm
 from fusenorm.ops.spec import DOMAIN
 from fusenorm.passes import facts
-from fusenorm.passes.fuse_norm import as_vector
+from fusenorm.passes.fuse_norm import as_vector, read_norm
 from fusenorm.passes.pattern import (
     Miss,
     Op,
@@ -23,54 +23,6 @@ from fusenorm.passes.pattern import (
 )
 from fusenorm.passes.rewrite import Check, Rewrite, RewritePass, Rule, root_key
 from fusenorm.passes.spelling import add, mul, one_of
-
-
-@dataclasses.dataclass(frozen=True)
-class _NormNode:
-    """A norm found in the graph, ours or the standard's, in our terms."""
-
-    spec: Norm
-    vectors: tuple[ir.Value, ...]
-    epsilon: float
-
-
-def read_norm(node: ir.Node) -> _NormNode | Refusal | None:
-    """The norm a node computes, None if it is none, a refusal if it is one we cannot express."""
-    if node.domain == DOMAIN:
-        spec = Norm.parse(node.op_type)
-        if spec is None or spec.skip:
-            return None
-        vectors = tuple(value for value in node.inputs[1:] if value is not None)
-        return _NormNode(spec, vectors, node.attributes["epsilon"].as_float())
-    if node.domain != "" or node.op_type not in ("LayerNormalization", "RMSNormalization"):
-        return None
-    name, x = node_name(node), node.inputs[0]
-    assert x is not None
-    dtype, size = facts.dtype_of(x), facts.last_dim(x)
-    if not facts.is_last_axis(facts.attribute_int(node, "axis", -1), x):
-        return Refusal("axis", name, "normalises more than the last axis")
-    if any(out.uses() or out.is_graph_output() for out in node.outputs[1:]):
-        return Refusal("stats_used", name, "its Mean or InvStdDev output is used")
-    if facts.attribute_int(node, "stash_type", 1) != 1 or dtype not in ("f32", "f16", "bf16"):
-        return Refusal("types", name, f"statistics of {dtype} in another type than f32")
-    found: list[ir.Value] = []
-    for value in node.inputs[1:]:
-        if value is None:
-            continue
-        scale_size = size or facts.last_dim(value) or 0
-        vector = as_vector(value, scale_size, 1)
-        if vector is None:
-            return Refusal("scale_shape", name, f"{value.name} is not one row of {scale_size}")
-        found.append(vector)
-    types = [facts.dtype_of(vector) for vector in found]
-    epsilon = node.attributes.get("epsilon")
-    spec = Norm(
-        centred=node.op_type == "LayerNormalization",
-        dtype=dtype,
-        scale=types[0],
-        bias=types[1] if len(types) > 1 else None,
-    )
-    return _NormNode(spec, tuple(found), 1e-5 if epsilon is None else epsilon.as_float())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,6 +56,52 @@ def _branches(value: ir.Value, size: int) -> list[_Branch]:
     return [plain]
 
 
+# What a sum may go through on its way to a norm, and the reason it then stays outside.
+_BETWEEN = {
+    **dict.fromkeys(("Clip", "Min", "Max"), "clipped"),
+    **dict.fromkeys(("Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose"), "moved"),
+    **dict.fromkeys(("Cast", "Dropout", "Identity"), "between"),
+}
+
+
+def _sum_behind(value: ir.Value | None) -> tuple[ir.Node, tuple[ir.Node, ...]] | None:
+    """The residual sum `value` comes from, and the nodes of `_BETWEEN` on the way, last first."""
+    between: tuple[ir.Node, ...] = ()
+    while value is not None:
+        node = value.producer()
+        if node is None or node.domain != "":
+            return None
+        if node.op_type in ("Add", "Sum"):
+            return (node, between) if _is_residual(node) else None
+        if node.op_type not in _BETWEEN:
+            return None
+        between = (*between, node)
+        value = _clipped_row(node, value) if node.op_type in ("Min", "Max") else node.inputs[0]
+    return None
+
+
+def _clipped_row(node: ir.Node, value: ir.Value) -> ir.Value | None:
+    """The operand of Min or Max that is as wide as the result; the other ones are bounds."""
+    size = facts.last_dim(value)
+    return next((x for x in node.inputs if x is not None and facts.last_dim(x) == size), None)
+
+
+def _is_residual(total: ir.Node) -> bool:
+    """Whether an Add is more than the bias of a linear map: two rows, or such a sum and a bias."""
+    node: ir.Node | None = total
+    while node is not None and node.domain == "" and node.op_type in ("Add", "Sum"):
+        rows = [value for value in node.inputs if value is not None and not _is_bias(value)]
+        if len(rows) != 1:
+            return len(rows) > 1
+        node = rows[0].producer()
+    return False
+
+
+def _is_bias(value: ir.Value) -> bool:
+    array = facts.constant(value)
+    return array is not None and all(size == 1 for size in array.shape[:-1])
+
+
 class FuseResidual(Rule):
     """A residual Add joins the norm it feeds.
 
@@ -111,7 +109,8 @@ class FuseResidual(Rule):
     Add(x, f) in either order, feeding LayerNorm or RMSNorm (fused here or a standard
     LayerNormalization / RMSNormalization). Scalar factors on either side (DeepNorm's α, residual
     multipliers) and a LayerScale vector join too. The sum may have other readers or be a graph
-    output: it becomes the op's second output. Leading dimensions may broadcast.
+    output: it becomes the op's second output. Leading dimensions may broadcast. Of more than two
+    terms (parallel attention and MLP, a bias after the sum) the last Add joins.
 
     ## Formula
     s = alpha·x + beta·(layer_scale∘skip); y = norm(s); both returned.
@@ -120,8 +119,11 @@ class FuseResidual(Rule):
     The sum is rounded where the source graph rounds it, before the statistics read it.
 
     ## Refuses
-    `no_residual`: the operands are not two rows of the hidden size (a bias vector is no
-    residual). `stats_used`, `axis`, `scale_shape`, `types`, `cycle`, `check_failed`.
+    `clipped`: the norm reads the sum through Clip, Min or Max (T5 in f16). `moved`: through a
+    Reshape or Transpose that cannot move out of the way. `between`: through a Cast or Dropout.
+    `rounding`: a 16-bit Sum of several rounds once, Adds would each round. `no_residual`: the
+    operands are not provably rows of the hidden size. `stats_used`, `axis`, `scale_shape`,
+    `types`, `cycle`, `check_failed`.
 
     ## References
     arXiv 2203.00555 (DeepNorm), 2103.17239 (LayerScale).
@@ -152,17 +154,20 @@ class FuseResidual(Rule):
         speller.scalar("beta", 0.25)
 
     def propose(self, root: ir.Node) -> Rewrite | Miss | None:
-        s = root.inputs[0]
-        total = s.producer() if s is not None else None
-        if s is None or total is None or total.op_type != "Add" or total.domain != "":
+        found, norm = _sum_behind(root.inputs[0]), read_norm(root)
+        if found is None or norm is None or found[0].graph is not root.graph:
             return None
-        if total.graph is not root.graph:
-            return None
-        norm = read_norm(root)
-        if norm is None:
-            return None
+        total, between = found
+        s = total.outputs[0]
         if isinstance(norm, Refusal):
-            return Miss((root, total), norm)
+            return Miss((total, *between, root), norm)
+        if between:
+            code, name = _BETWEEN[between[0].op_type], node_name(between[0])
+            detail = f"the norm reads the sum {s.name} through this {between[0].op_type}"
+            return Miss((total, *between, root), Refusal(code, name, detail))
+        if total.op_type == "Sum":
+            detail = f"a Sum of {len(total.inputs)} rounds once where Adds would each round"
+            return Miss((total, root), Refusal("rounding", node_name(total), detail))
         size = facts.last_dim(s) or (facts.last_dim(norm.vectors[0]) if norm.vectors else None)
         a, b = total.inputs
         assert a is not None
@@ -170,8 +175,6 @@ class FuseResidual(Rule):
         if size is None or facts.last_dim(a) != size or facts.last_dim(b) != size:
             detail = f"{a.name} and {b.name} are not provably rows of the hidden size {size}"
             return Miss((total, root), Refusal("no_residual", node_name(total), detail))
-        if any(facts.is_vector(row, size) and facts.constant(row) is not None for row in (a, b)):
-            return None  # a bias
         if facts.dtype_of(a) != norm.spec.dtype:
             detail = f"sum of {facts.dtype_of(a)} feeds a norm of {norm.spec.dtype}"
             return Miss((total, root), Refusal("types", node_name(total), detail))
@@ -194,7 +197,7 @@ class FuseResidual(Rule):
             inputs=(x.row, skip.row, *vectors, *norm.vectors),
             attributes={key: value for key, value in attributes.items() if value is not None},
             outputs=(root.outputs[0], s),
-            nodes=(*x.nodes, *skip.nodes, total, root),
+            nodes=(total, *x.nodes, *skip.nodes, root),
         )
 
 

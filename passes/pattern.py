@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
@@ -51,10 +52,11 @@ class Refusal:
 
 @dataclasses.dataclass(frozen=True)
 class State:
-    """A partial match: what is bound, which nodes were used."""
+    """A partial match: what is bound, which nodes were used, how many axes are reduced."""
 
     bindings: Mapping[str, ir.Value] = dataclasses.field(default_factory=dict)
     nodes: tuple[ir.Node, ...] = ()
+    axes: int | None = None
 
     def bind(self, name: str, value: ir.Value) -> State | None:
         """With `name` bound to `value`, None if it is bound to another one."""
@@ -184,7 +186,10 @@ class Op(Pattern):
 
 @dataclasses.dataclass(frozen=True)
 class Reduce(Pattern):
-    """A reduction over the last axis, keepdims=1, however its axes are written."""
+    """A reduction over the last axis, or several last axes, keepdims=1, however they are written.
+
+    Every reduction of one match is over as many.
+    """
 
     op_type: str
     operand: Pattern
@@ -198,25 +203,31 @@ class Reduce(Pattern):
             miss.record(here, "keepdims", node, "the reduction drops its axis (keepdims=0)")
             return
         axes = _axes(node)
-        if axes is None or len(axes) != 1 or not facts.is_last_axis(axes[0], node.inputs[0]):
-            detail = f"reduces over axes {axes}, not provably just the last one"
+        count = None if axes is None else facts.trailing_axes(axes, node.inputs[0])
+        if count is None:
+            detail = f"reduces over axes {axes}, not provably the last ones"
             miss.record(here, "axis", node, detail)
             return
+        if here.axes not in (None, count):
+            miss.record(here, "axis", node, f"reduces {count} axes where {here.axes} were before")
+            return
+        here = dataclasses.replace(here, axes=count)
         yield from self.operand.match(node.inputs[0], here, miss)
 
     def spell(self, speller: Speller) -> ir.Value:
         value = self.operand.spell(speller)
-        axis = (-1, speller.rank - 1)[speller.pick(2)]
+        start = (0, speller.rank)[speller.pick(2)]
+        axes = list(range(start - speller.axes, start))
         as_input = 13 if self.op_type == "ReduceSum" else 18
         if speller.opset >= as_input:
-            inputs = [value, speller.constant(np.array([axis], np.int64))]
+            inputs = [value, speller.constant(np.array(axes, np.int64))]
             return speller.node(self.op_type, inputs, facts.dtype_of(value), keepdims=1)
-        return speller.node(self.op_type, [value], facts.dtype_of(value), axes=[axis], keepdims=1)
+        return speller.node(self.op_type, [value], facts.dtype_of(value), axes=axes, keepdims=1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Width(Pattern):
-    """A constant equal to the size of the last axis of variable `of`, or to its reciprocal."""
+    """A constant equal to the size of the reduced axes of variable `of`, or to its reciprocal."""
 
     of: str
     reciprocal: bool = False
@@ -224,7 +235,8 @@ class Width(Pattern):
     def match(self, value: ir.Value, state: State, miss: Miss) -> Iterator[State]:
         found = facts.scalar(value)
         source = state.bindings.get(self.of)
-        size = facts.last_dim(source) if source is not None else None
+        dims = facts.trailing_dims(source, state.axes or 1) if source is not None else None
+        size = None if dims is None else math.prod(dims)
         expected = None if size is None else (1 / size if self.reciprocal else float(size))
         if expected is not None and _equal(found, expected, facts.dtype_of(value)):
             yield state
@@ -233,9 +245,9 @@ class Width(Pattern):
             miss.record(state, "hidden_size", value.producer(), detail)
 
     def spell(self, speller: Speller) -> ir.Value:
-        shape = speller.values[self.of].shape
-        assert shape is not None
-        size = float(shape[-1])  # type: ignore[arg-type]
+        dims = facts.trailing_dims(speller.values[self.of], speller.axes)
+        assert dims is not None
+        size = float(math.prod(dims))
         return speller.number(1 / size if self.reciprocal else size, "f64")
 
 

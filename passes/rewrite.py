@@ -5,14 +5,15 @@ from __future__ import annotations
 import abc
 import dataclasses
 import inspect
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar
 
 import numpy as np
 import onnx_ir as ir
 
 from fusenorm.errors import BadInput
-from fusenorm.ops.spec import DOMAIN, OpSpec
+from fusenorm.ops.spec import DOMAIN, OpSpec, Slot
 from fusenorm.passes import facts
 from fusenorm.passes.pattern import (
     Miss,
@@ -29,6 +30,8 @@ SOURCE_KEY = "fusenorm.source"
 MISS_KEY = "fusenorm.miss"
 MADE_UP = "fusenorm.made_up"
 MIN_IR_VERSION = 8
+# Made-up constants up to this many elements are compared, so that equal ones are one.
+SHARED_SIZE = 1 << 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +46,10 @@ class Rewrite:
         outputs: the values the node's outputs take the place of, in order of spec.outputs;
             None for an output the source graph does not have.
         nodes: the source nodes it stands for.
+        merged: sizes of the source's last axes that are one axis for the op; empty where the op
+            takes its inputs as they are.
+        shapes: what a check tries an input with, for inputs that are no rows.
+        computed: what the source has, in a check, for shapes it computes from elsewhere.
     """
 
     rule: str
@@ -51,6 +58,9 @@ class Rewrite:
     attributes: Mapping[str, float]
     outputs: tuple[ir.Value | None, ...]
     nodes: tuple[ir.Node, ...]
+    merged: tuple[int, ...] = ()
+    shapes: Mapping[ir.Value, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    computed: Mapping[ir.Value, tuple[int, ...]] = dataclasses.field(default_factory=dict)
 
     @property
     def root(self) -> ir.Node:
@@ -178,6 +188,10 @@ class RewritePass(ir.passes.InPlacePass):
 def _refused(rewrite: Rewrite, opset: int) -> Refusal | None:
     spec = rewrite.spec
     name = node_name(rewrite.root)
+    outside = next((node for node in rewrite.nodes if node.graph is not rewrite.root.graph), None)
+    if outside is not None:
+        detail = f"{node_name(outside)} is computed once outside this body"
+        return Refusal("other_graph", name, detail)
     if opset < spec.MIN_OPSET:
         return Refusal("opset", name, f"opset {opset} is older than {spec.MIN_OPSET}")
     if spec.inputs[0].dtype == "f64":
@@ -214,7 +228,10 @@ def apply(model: ir.Model, rewrite: Rewrite, opset: int) -> ir.Node:
         else:
             facts.copy_facts(old, value)
         outputs.append(value)
-    inputs = [_registered(value, graph) for value in rewrite.inputs]
+    inputs = [
+        _registered(_merge(rewrite, slot, value), graph)
+        for slot, value in zip(spec.inputs, rewrite.inputs, strict=True)
+    ]
     fused = ir.node(
         spec.op_type,
         inputs,
@@ -231,23 +248,77 @@ def apply(model: ir.Model, rewrite: Rewrite, opset: int) -> ir.Node:
     for old, new in zip(rewrite.outputs, outputs, strict=True):
         if old is not None:
             name = old.name
-            old.replace_all_uses_with(new, replace_graph_outputs=True)
+            final = _restore(rewrite, new)
+            old.replace_all_uses_with(final, replace_graph_outputs=True)
             old.name = f"{name}_before_{spec.op_type}"
-            new.name = name
+            final.name = name
     _remove_dead(rewrite.nodes)
     _declare(model, spec, opset)
     return fused
+
+
+def _merge(rewrite: Rewrite, slot: Slot, value: ir.Value) -> ir.Value:
+    """`value` as the fused op takes it: its last axes one axis, where the rewrite merges them."""
+    if not rewrite.merged:
+        return value
+    width = math.prod(rewrite.merged)
+    array = facts.constant(value)
+    if slot.layout == "vector" and array is not None:
+        return ir.val(f"{value.name}_flat", const_value=ir.tensor(array.reshape(width)))
+    name = f"{rewrite.root.outputs[0].name}_{rewrite.spec.op_type}_{slot.name}"
+    return _reshape(rewrite, value, _lead(rewrite) if slot.layout == "row" else (), (width,), name)
+
+
+def _restore(rewrite: Rewrite, value: ir.Value) -> ir.Value:
+    """`value`, an output of the fused op with the facts of the source's, in the source's shape."""
+    if not rewrite.merged:
+        return value
+    lead, name = _lead(rewrite), str(value.name)
+    value.name = f"{name}_{rewrite.spec.op_type}"
+    value.shape = ir.Shape([*lead, math.prod(rewrite.merged)])
+    return _reshape(rewrite, value, lead, rewrite.merged, name)
+
+
+def _lead(rewrite: Rewrite) -> Sequence[int | ir.SymbolicDim]:
+    """The dimensions of the source's rows in front of the merged ones."""
+    shape = rewrite.inputs[0].shape
+    assert shape is not None
+    return shape[: -len(rewrite.merged)]
+
+
+def _reshape(
+    rewrite: Rewrite,
+    value: ir.Value,
+    lead: Sequence[int | ir.SymbolicDim],
+    sizes: tuple[int, ...],
+    name: str,
+) -> ir.Value:
+    """`value`, whose leading dimensions are `lead`, as [*lead, *sizes], in front of the root."""
+    root = rewrite.root
+    assert root.graph is not None
+    # 0 keeps a dimension whatever its size, none included.
+    target = np.array([*[0] * len(lead), *sizes], np.int64)
+    shape = _registered(ir.val(f"{name}_shape", const_value=ir.tensor(target)), root.graph)
+    result = ir.val(name, type=value.type, shape=ir.Shape([*lead, *sizes]))
+    node = ir.node("Reshape", [value, shape], outputs=[result], name=f"{name}_reshape")
+    root.graph.insert_before(root, node)
+    return result
 
 
 def _registered(value: ir.Value, graph: ir.Graph) -> ir.Value:
     """`value`, made an initializer of `graph` if it is a constant a rule made up."""
     if value.const_value is None or value.graph is not None or value.producer() is not None:
         return value
-    array = value.const_value.numpy()
-    for known in graph.initializers.values():
-        made_up = known.meta.get(MADE_UP)
-        if made_up is not None and made_up.dtype == array.dtype and np.array_equal(made_up, array):
-            return known
+    array = value.const_value.numpy() if value.const_value.size <= SHARED_SIZE else None
+    if array is not None:
+        for known in graph.initializers.values():
+            made_up = known.meta.get(MADE_UP)
+            if (
+                made_up is not None
+                and made_up.dtype == array.dtype
+                and np.array_equal(made_up, array)
+            ):
+                return known
     taken = {out.name for node in graph for out in node.outputs} | set(graph.initializers)
     taken.update(given.name for given in graph.inputs)
     base, count = str(value.name), 1
@@ -255,7 +326,8 @@ def _registered(value: ir.Value, graph: ir.Graph) -> ir.Value:
         count += 1
         value.name = f"{base}_{count}"
     value.const_value.name = value.name
-    value.meta[MADE_UP] = array
+    if array is not None:
+        value.meta[MADE_UP] = array
     graph.register_initializer(value)
     return value
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -17,7 +18,13 @@ class Speller:
     """Builds one spelling of a pattern; every free choice is asked of `pick`."""
 
     def __init__(
-        self, choices: Sequence[int], opset: int, dtype: DType, rank: int, island: bool = True
+        self,
+        choices: Sequence[int],
+        opset: int,
+        dtype: DType,
+        rank: int,
+        island: bool = True,
+        axes: int = 1,
     ) -> None:
         self.choices = list(choices)
         self.sizes: list[int] = []
@@ -26,6 +33,8 @@ class Speller:
         self.dtype = dtype
         self.rank = rank
         self.island = island
+        self.axes = axes
+        self.shape = (*(2, 3, 2)[: rank - 1], WIDTH)
         self.nodes: list[ir.Node] = []
         self.inputs: list[ir.Value] = []
         self.initializers: list[ir.Value] = []
@@ -78,15 +87,24 @@ class Speller:
 
     def row(self, name: str, factor: int = 1) -> ir.Value:
         """A graph input [..., factor·WIDTH] of the storage type, bound to `name`."""
-        shape = ir.Shape([*(2, 3, 2)[: self.rank - 1], factor * WIDTH])
+        shape = ir.Shape([*self.shape[:-1], factor * WIDTH])
         value = ir.val(name, dtype=DTYPES[self.dtype].onnx, shape=shape)
         self.inputs.append(value)
         self.values[name] = value
         return value
 
-    def vector(self, name: str) -> None:
-        """A constant [WIDTH] bound to `name`, its numbers unlike 0 and 1 and each other."""
-        array = np.linspace(0.3, 1.7, WIDTH) * (1.1 if name == "scale" else -0.7)
+    def vector(self, name: str, size: int = WIDTH) -> None:
+        """A constant over the reduced axes, the last one of `size`, bound to `name`.
+
+        Its numbers are unlike 0 and 1 and each other.
+        """
+        shape = (*self.shape[-self.axes : -1], size)
+        array = np.linspace(0.3, 1.7, math.prod(shape)) * (1.1 if name == "scale" else -0.7)
+        self.values[name] = self.constant(array.reshape(shape).astype(DTYPES[self.dtype].numpy))
+
+    def matrix(self, name: str, columns: int) -> None:
+        """A constant [WIDTH, columns] bound to `name`."""
+        array = np.random.default_rng(0).normal(size=(WIDTH, columns))
         self.values[name] = self.constant(array.astype(DTYPES[self.dtype].numpy))
 
     def scalar(self, name: str, number: float) -> None:
@@ -135,10 +153,11 @@ def spellings(
     dtype: DType = "f32",
     rank: int = 3,
     island: bool = True,
+    axes: int = 1,
     limit: int = 200,
     seed: int = 0,
 ) -> Iterator[ir.Model]:
-    """Models of distinct choices: every option of every choice once, then random mixtures.
+    """Models of distinct choices: half of them one option after another, then random mixtures.
 
     Args:
         write: writes one spelling and returns its value.
@@ -146,6 +165,7 @@ def spellings(
         dtype: storage type.
         rank: of the rows.
         island: whether 16-bit spellings compute between Casts to f32 and back.
+        axes: how many last axes a reduction goes over.
         limit: how many models at most.
         seed: of the mixtures.
     """
@@ -153,10 +173,11 @@ def spellings(
     pending: list[list[int]] = [[]]
     seen: set[tuple[int, ...]] = set()
     tried = 0
-    while len(seen) < limit and tried < 20 * limit:
+    while pending and len(seen) < limit and tried < 20 * limit:
         tried += 1
-        choices = pending.pop(0) if pending else list(rng.integers(0, 12, 64))
-        speller = Speller(choices, opset, dtype, rank, island)
+        systematic = len(seen) < limit // 2
+        choices = pending.pop(0) if systematic else list(rng.integers(0, 12, 64))
+        speller = Speller(choices, opset, dtype, rank, island, axes)
         output = write(speller)
         taken = tuple(speller.taken)
         if taken in seen:

@@ -67,7 +67,7 @@ def over_root(a: Pattern, b: Pattern) -> Pattern:
 
 
 def mean(a: Pattern, of: str) -> Pattern:
-    """The mean of `a` over the last axis, which is the last axis of variable `of`."""
+    """The mean of `a` over its last axis or axes, which are those of variable `of`."""
     total = Reduce("ReduceSum", a)
     return one_of(
         Reduce("ReduceMean", a),
@@ -77,7 +77,7 @@ def mean(a: Pattern, of: str) -> Pattern:
 
 
 def mean_square(a: Pattern, of: str) -> Pattern:
-    """mean(a²) over the last axis."""
+    """mean(a²) over the last axis or axes."""
     total = Reduce("ReduceSumSquare", a)
     return one_of(
         mean(square(a), of), div(total, Width(of)), mul(total, Width(of, reciprocal=True))

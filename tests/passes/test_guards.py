@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
+import onnx
 import pytest
 
-from tests.graphs import fused_ops, model, reasons, rows, same
+import fusenorm
+from fusenorm.report import Report
+from tests.graphs import fused, fused_ops, model, reasons, rows, same
 
 LAST = {"last": np.array([-1], np.int64)}
 GAMMA = np.linspace(0.5, 1.5, 8, dtype=np.float32)
@@ -51,8 +54,6 @@ def test_a_tiny_width_is_not_any_width() -> None:
 
 def test_another_domain_s_operator_is_not_the_standard_s() -> None:
     import onnx.parser
-
-    import fusenorm
 
     text = (
         '<ir_version: 8, opset_import: ["" : 18, "other" : 1]>\n'
@@ -181,8 +182,6 @@ def test_an_island_of_another_type_is_computation(inner: int, outer: int) -> Non
 def test_16_bit_silu_without_an_island(dtype: str) -> None:
     body = "g = Sigmoid(x)\na = Mul(x, g)\ny = Mul(a, u)"
     proto = model(body, f"{dtype}[b,s,64] x, {dtype}[b,s,64] u", f"{dtype}[b,s,64] y")
-    import fusenorm
-
     report = fusenorm.optimize(proto).report
     (site,) = report.sites
     assert (site.op, site.status) == ("GLU", "fused")
@@ -227,8 +226,6 @@ def test_two_branches_with_equal_names_report_both_sites() -> None:
 def test_a_value_of_unknown_type_says_so() -> None:
     import onnx.parser
 
-    import fusenorm
-
     proto = onnx.parser.parse_model(
         '<ir_version: 8, opset_import: ["" : 18, "other" : 1]>\n'
         "graph (float[b,s,8] x) => (float[b,s,8] y) {\n"
@@ -236,3 +233,295 @@ def test_a_value_of_unknown_type_says_so() -> None:
     )
     report = fusenorm.optimize(proto).report
     assert reasons(report) == {"type_unknown"}
+
+
+def _norm_over(axes: list[int], *, centred: bool = False, scale: bool = True) -> str:
+    """A norm of x over `axes`, in opset 18's words."""
+    centre = "mean = ReduceMean(x, axes)\nc = Sub(x, mean)" if centred else "c = Identity(x)"
+    tail = "h = Div(c, root)\ny = Mul(h, g)" if scale else "y = Div(c, root)"
+    body = f"{centre}\nsq = Mul(c, c)\nms = ReduceMean(sq, axes)\nshifted = Add(ms, eps)"
+    return f"axes = Constant<value_ints = {axes}>()\n{body}\nroot = Sqrt(shifted)\n{tail}"
+
+
+def _unchecked(proto: onnx.ModelProto) -> Report:
+    """The report where no check stands behind the guards."""
+    return fusenorm.optimize(proto, options=fusenorm.Options(validate=False)).report
+
+
+EPS = {"eps": np.float32(1e-5)}
+
+
+@pytest.mark.parametrize("lead", [(2, 3), (0, 3), (2, 0)])
+@pytest.mark.parametrize("centred", [True, False])
+@pytest.mark.parametrize("axes", [[-2, -1], [3, 2], [2, -1]])
+def test_a_norm_over_two_axes(axes: list[int], centred: bool, lead: tuple[int, int]) -> None:
+    constants = {**EPS, "g": rows(4, 8, seed=1)}
+    proto = model(
+        _norm_over(axes, centred=centred),
+        "float[b,s,4,8] x",
+        "float[b,s,4,8] y",
+        constants=constants,
+    )
+    report = same(proto, {"x": rows(*lead, 4, 8)})
+    assert [site.attributes["kind"] for site in report.sites] == [
+        "LayerNorm" if centred else "RMSNorm"
+    ]
+
+
+def test_two_norms_over_two_axes_share_their_constants() -> None:
+    body = (
+        _norm_over([-2, -1])
+        + "\nr = Relu(x)\nrq = Mul(r, r)\nrm = ReduceMean(rq, axes)\nrs = Add(rm, eps)\n"
+        "rr = Sqrt(rs)\nrn = Div(r, rr)\nz = Mul(rn, g)"
+    )
+    shape = "float[b,4,8]"
+    constants = {**EPS, "g": rows(4, 8, seed=1)}
+    proto = model(body, f"{shape} x", f"{shape} y, {shape} z", constants=constants)
+    assert fused_ops(same(proto, {"x": rows(3, 4, 8)})) == ["RMSNorm", "RMSNorm"]
+    after, _ = fused(proto)
+    assert [value.name for value in after.graph.output] == ["y", "z"]
+    assert sorted(len(tensor.dims) for tensor in after.graph.initializer) == [1, 1, 1]
+    sizes = {
+        info.name: info.type.tensor_type.shape.dim[-1].dim_value for info in after.graph.value_info
+    }
+    assert {sizes[node.output[0]] for node in after.graph.node if node.domain} == {32}
+    again, report = fused(after)
+    assert fused_ops(report) == ["RMSNorm", "RMSNorm"]
+    assert len(again.graph.node) == len(after.graph.node)
+
+
+def test_a_norm_over_every_axis() -> None:
+    constants = {**EPS, "g": rows(4, 8, seed=1)}
+    proto = model(_norm_over([0, 1]), "float[4,8] x", "float[4,8] y", constants=constants)
+    assert fused_ops(same(proto, {"x": rows(4, 8)})) == ["RMSNorm"]
+
+
+@pytest.mark.parametrize("shape", [(8,), (4, 1), (1, 8), (2, 1, 1, 1)])
+def test_a_scale_that_is_not_one_row_of_both_axes(shape: tuple[int, ...]) -> None:
+    constants = {**EPS, "g": rows(*shape, seed=1)}
+    proto = model(_norm_over([-2, -1]), "float[2,3,4,8] x", "float[2,3,4,8] y", constants=constants)
+    report = same(proto, {"x": rows(2, 3, 4, 8)})
+    assert [site.attributes["kind"] for site in report.sites] == ["RMSNorm_noscale"]
+
+
+def test_a_scale_as_long_as_both_axes_that_would_enlarge_x() -> None:
+    constants = {**EPS, "g": rows(4, seed=1)}
+    proto = model(_norm_over([-2, -1]), "float[b,4,1] x", "float[b,4,4] y", constants=constants)
+    for report in (same(proto, {"x": rows(3, 4, 1)}), _unchecked(proto)):
+        assert [site.attributes["kind"] for site in report.sites] == ["RMSNorm_noscale"]
+
+
+@pytest.mark.parametrize("shape", [(4, 8), (1, 4, 8), (1,)])
+def test_a_scale_that_is_one_row_of_both_axes(shape: tuple[int, ...]) -> None:
+    constants = {**EPS, "g": rows(*shape, seed=1)}
+    proto = model(_norm_over([-2, -1]), "float[b,4,8] x", "float[b,4,8] y", constants=constants)
+    report = same(proto, {"x": rows(3, 4, 8)})
+    assert [site.attributes["kind"] for site in report.sites] == ["RMSNorm"]
+
+
+def test_a_computed_scale_of_both_axes() -> None:
+    body = "g = Exp(v)\n" + _norm_over([-2, -1])
+    proto = model(body, "float[b,4,8] x, float[4,8] v", "float[b,4,8] y", constants=EPS)
+    report = same(proto, {"x": rows(3, 4, 8), "v": rows(4, 8, seed=1) / 10})
+    assert [site.attributes["kind"] for site in report.sites] == ["RMSNorm"]
+
+
+@pytest.mark.parametrize(
+    ("axes", "shape", "reason"),
+    [
+        ([0], "4,8", "axis"),
+        ([0, 2], "4,3,8", "axis"),
+        ([-3, -1], "4,3,8", "axis"),
+        ([1, 2], "b,s,8", "hidden_unknown"),
+        ([1, 2], "b,8,s", "hidden_unknown"),
+    ],
+)
+def test_axes_that_are_no_row(axes: list[int], shape: str, reason: str) -> None:
+    proto = model(
+        _norm_over(axes, scale=False), f"float[{shape}] x", f"float[{shape}] y", constants=EPS
+    )
+    sizes = {"b": 2, "s": 3}
+    feeds = {"x": rows(*(sizes.get(dim) or int(dim) for dim in shape.split(",")))}
+    report = same(proto, feeds)
+    assert fused_ops(report) == []
+    assert reasons(report) == {reason}
+
+
+def test_a_mean_over_two_axes_and_a_variance_over_one() -> None:
+    body = _norm_over([-2, -1], centred=True, scale=False).replace("(sq, axes)", "(sq, last)")
+    proto = model(body, "float[b,4,8] x", "float[b,4,8] y", constants={**EPS, **LAST})
+    assert fused_ops(same(proto, {"x": rows(3, 4, 8)})) == ["RMSNorm"]
+    assert fused_ops(_unchecked(proto)) == ["RMSNorm"]
+
+
+def test_an_axis_counted_from_the_front_of_unknown_rank() -> None:
+    norm = _norm_over([1], scale=False).replace("y =", "z =")
+    body = f"x = Reshape(p, to)\n{norm}\ny = Reshape(z, back)"
+    constants = {**EPS, "back": np.array([64])}
+    proto = model(body, "float[64] p, int64[k] to", "float[64] y", constants=constants)
+    report = same(proto, {"p": rows(64), "to": np.array([2, 4, 8])})
+    assert reasons(report) == {"axis"}
+
+
+@pytest.mark.parametrize(("number", "hits"), [(32.0, True), (8.0, False)])
+def test_a_sum_over_two_axes_is_a_mean_with_both_sizes(number: float, hits: bool) -> None:
+    body = _norm_over([-2, -1]).replace(
+        "ms = ReduceMean(sq, axes)", "total = ReduceSum(sq, axes)\nms = Div(total, n)"
+    )
+    constants = {**EPS, "g": rows(4, 8, seed=1), "n": np.float32(number)}
+    proto = model(body, "float[b,4,8] x", "float[b,4,8] y", constants=constants)
+    report = same(proto, {"x": rows(3, 4, 8)})
+    assert (fused_ops(report) == ["RMSNorm"]) == hits
+
+
+def test_the_check_sees_axes_that_were_not_merged() -> None:
+    import dataclasses
+
+    import onnx_ir as ir
+
+    from fusenorm.passes import Canonicalize, FuseNorm, Validator
+    from fusenorm.passes.pattern import Refusal
+    from fusenorm.passes.rewrite import Rewrite
+
+    verdicts = []
+
+    def judge(rewrite: Rewrite, opset: int) -> Refusal | None:
+        wrong = dataclasses.replace(rewrite, merged=())
+        verdicts.append([Validator()(rewrite, opset), Validator()(wrong, opset)])
+        return None
+
+    shape = "float[b,8,8]"
+    proto = model(_norm_over([-2, -1], scale=False), f"{shape} x", f"{shape} y", constants=EPS)
+    FuseNorm(judge)(Canonicalize()(ir.from_proto(proto)).model)
+    ((right, wrong),) = verdicts
+    assert right is None
+    assert wrong is not None
+
+
+CENTRED = "mean = ReduceMean<keepdims = 1>(x, axes)\nc = Sub({0})\ny = RMSNormalization(c, g)"
+
+
+def _centred_rms(order: str = "x, mean", axes: tuple[int, ...] = (-1,)) -> str:
+    return f"axes = Constant<value_ints = {list(axes)}>()\n{CENTRED.format(order)}"
+
+
+def test_the_standard_rms_norm_of_centred_rows_is_a_layer_norm() -> None:
+    """How torch's exporter leaves Cohere's hand-written LayerNorm at opset 23."""
+    report = same(model(_centred_rms(), opset=23, constants={"g": GAMMA}), X)
+    (site,) = report.sites
+    assert (site.status, site.attributes["kind"]) == ("fused", "LayerNorm")
+    assert site.attributes["epsilon"] == pytest.approx(1e-5)
+
+
+def test_and_takes_the_residual_sum_in_front() -> None:
+    body = "x = Add(p, f)\n" + _centred_rms()
+    proto = model(body, "float[b,s,8] p, float[b,s,8] f", opset=23, constants={"g": GAMMA})
+    report = same(proto, {"p": X["x"], "f": rows(2, 3, 8, seed=1)})
+    assert [(site.op, site.status) for site in report.sites] == [("SkipLayerNorm", "fused")]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_16_bit_centring_keeps_its_rounding(dtype: str) -> None:
+    import onnx_ir as ir
+
+    kind = ir.DataType.FLOAT16 if dtype == "float16" else ir.DataType.BFLOAT16
+    constants = {"g": GAMMA.astype(kind.numpy())}
+    proto = model(
+        _centred_rms(), f"{dtype}[b,s,8] x", f"{dtype}[b,s,8] y", opset=23, constants=constants
+    )
+    (site,) = fusenorm.optimize(proto).report.sites
+    assert site.status == "fused"
+    assert str(site.attributes["kind"]).endswith("_centrefirst")
+
+
+@pytest.mark.parametrize(
+    ("order", "axes", "reason"),
+    [
+        ("mean, x", (-1,), "no_pattern"),
+        ("x, mean", (1,), "axis"),
+        ("x, mean", (-2, -1), "axis"),
+    ],
+)
+def test_rms_norm_of_rows_centred_otherwise(order: str, axes: tuple[int, ...], reason: str) -> None:
+    proto = model(
+        _centred_rms(order, axes),
+        "float[b,4,8] x",
+        "float[b,4,8] y",
+        opset=23,
+        constants={"g": GAMMA},
+    )
+    report = same(proto, {"x": rows(2, 4, 8)})
+    assert fused_ops(report) == []
+    assert {site.status: site.reason for site in report.sites} == {
+        "refused": reason, "native": None,
+    }  # fmt: skip
+
+
+def test_a_plain_standard_rms_norm_is_no_near_miss() -> None:
+    body = "c = Sub(x, u)\ny = RMSNormalization(c, g)"
+    proto = model(body, "float[b,s,8] x, float[b,s,8] u", opset=23, constants={"g": GAMMA})
+    report = same(proto, {**X, "u": rows(2, 3, 8, seed=1)})
+    assert [(site.status, site.reason) for site in report.sites] == [("native", None)]
+
+
+HEADS = "float[b,4,s,8]"
+
+
+@pytest.mark.parametrize(
+    ("shape", "kind"),
+    [
+        ((8,), "{}"),
+        ((1, 1, 1, 8), "{}"),
+        ((4, 1, 8), "{}_noscale"),
+        ((4, 1, 1), "{}_noscale"),
+    ],
+)
+@pytest.mark.parametrize("centred", [True, False])
+def test_a_norm_of_every_head(shape: tuple[int, ...], kind: str, centred: bool) -> None:
+    """Norms of queries and keys: one scale for all heads, or one for each (Cohere)."""
+    constants = {**EPS, "g": rows(*shape, seed=1)}
+    proto = model(
+        _norm_over([-1], centred=centred), f"{HEADS} x", f"{HEADS} y", constants=constants
+    )
+    report = same(proto, {"x": rows(2, 4, 3, 8)})
+    family = "LayerNorm" if centred else "RMSNorm"
+    assert [site.attributes["kind"] for site in report.sites] == [kind.format(family)]
+
+
+def test_heads_by_transpose() -> None:
+    body = "r = Reshape(q, heads)\nx = Transpose<perm = [0, 2, 1, 3]>(r)\n" + _norm_over([-1])
+    constants = {**EPS, "g": GAMMA, "heads": np.array([0, 0, 4, 8])}
+    proto = model(body, "float[b,s,32] q", f"{HEADS} y", constants=constants)
+    assert fused_ops(same(proto, {"q": rows(2, 3, 32)})) == ["RMSNorm"]
+
+
+def test_channels_first_by_transposes() -> None:
+    """ConvNeXt's stem and downsampling norms."""
+    norm = _norm_over([-1], centred=True).replace("y =", "last_y =")
+    body = (
+        f"x = Transpose<perm = [0, 2, 3, 1]>(i)\n{norm}\ny = Transpose<perm = [0, 3, 1, 2]>(last_y)"
+    )
+    image = "float[n,8,h,w]"
+    proto = model(body, f"{image} i", f"{image} y", constants={**EPS, "g": GAMMA})
+    assert fused_ops(same(proto, {"i": rows(2, 8, 3, 5)})) == ["LayerNorm"]
+
+
+def test_channels_first_in_place_is_refused() -> None:
+    constants = {**EPS, "g": GAMMA.reshape(8, 1, 1)}
+    image = "float[n,8,h,w]"
+    proto = model(_norm_over([1], centred=True), f"{image} x", f"{image} y", constants=constants)
+    report = same(proto, {"x": rows(2, 8, 3, 5)})
+    assert fused_ops(report) == []
+    assert reasons(report) == {"axis"}
+
+
+def test_a_residual_between_transposes_in_front_of_a_decomposed_norm() -> None:
+    """ConvNeXt's blocks: the sum is channels-first, the norm channels-last."""
+    body = (
+        "ft = Transpose<perm = [0, 3, 1, 2]>(f)\ns = Add(i, ft)\n"
+        "x = Transpose<perm = [0, 2, 3, 1]>(s)\n" + _norm_over([-1], centred=True)
+    )
+    inputs = "float[n,8,h,w] i, float[n,h,w,8] f"
+    proto = model(body, inputs, "float[n,h,w,8] y", constants={**EPS, "g": GAMMA})
+    report = same(proto, {"i": rows(2, 8, 3, 5), "f": rows(2, 3, 5, 8, seed=1)})
+    assert [(site.op, site.status) for site in report.sites] == [("SkipLayerNorm", "fused")]

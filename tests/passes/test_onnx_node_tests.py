@@ -16,11 +16,6 @@ import fusenorm
 from tests.graphs import run
 
 NAMES = re.compile("layer_normalization|rms_normalization|gelu|swiglu|(?<!hard)swish")
-# RMSNorm over several axes at once is left to the runtime.
-SEVERAL_AXES = re.compile(
-    "rms_normalization_(2d_axis0|2d_axis_negative_2|3d_axis[01]|3d_axis_negative_[23]"
-    "|4d_axis[012]|4d_axis_negative_[234]).*_expanded"
-)
 
 
 @functools.cache
@@ -60,10 +55,7 @@ def test_node(name: str) -> None:
     standard = {node.op_type for node in case.model.graph.node} & {
         "LayerNormalization", "RMSNormalization", "Gelu",
     }  # fmt: skip
-    if SEVERAL_AXES.search(name):
-        assert {site.reason for site in result.report.sites} == {"axis"}
-    else:
-        assert statuses == ({"native"} if standard else {"fused"})
+    assert statuses == ({"native"} if standard else {"fused"})
 
 
 def test_opset_28_swiglu_runs_only_rewritten() -> None:

@@ -29,6 +29,7 @@ class Drawn(Speller):
 
     def __init__(self, data: st.DataObject, opset: int, dtype: DType) -> None:
         super().__init__((), opset, dtype, len(SHAPE))
+        self.shape = SHAPE
         self.data = data
 
     def pick(self, count: int) -> int:
@@ -116,6 +117,7 @@ def graphs(draw: st.DrawFn) -> ir.Model:
     for _ in range(draw(st.integers(2, 7))):
         if draw(st.booleans()):
             rule = draw(st.sampled_from(rules))
+            speller.axes = speller.pick(len(SHAPE)) + 1
             rule.example(speller)
             value = rule.pattern.spell(speller)
         else:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
+import itertools
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import google.protobuf.message
@@ -15,7 +20,9 @@ from fusenorm.errors import BadInput
 
 # Above this the weights go to a file of their own (protobuf ends at 2 GiB).
 EXTERNAL_DATA_BYTES = 1 << 30
+SMALL_BYTES = 1 << 8  # shapes and scalars stay inside, where shape inference reads them
 DATA_SUFFIX = ".data"
+_FICLONE = 0x40049409  # linux/fs.h
 # Operators onnxruntime keeps in the standard domain although ONNX does not have them.
 RUNTIME_OPERATORS = frozenset({"SimplifiedLayerNormalization"})
 
@@ -139,24 +146,17 @@ def _check_external_size(tensor: ir.ExternalTensor, file: Path) -> None:
         )
 
 
-def check_no_overwrite(model: ir.Model, file: Path) -> None:
-    """Refuse a destination whose data file is the one the model's own weights are read from.
-
-    Raises:
-        BadInput: naming the file.
-    """
-    data = (file.parent / (file.name + DATA_SUFFIX)).resolve()
-    for value in _initializers(model):
-        tensor = value.const_value
-        if isinstance(tensor, ir.ExternalTensor) and Path(tensor.path).resolve() == data:
-            raise BadInput(
-                f"{data.name} holds the weights of the model being read: choose another name",
-                file=file,
-            )
+def weight_bytes(model: ir.Model) -> int:
+    """Size of all initializers together."""
+    return sum(tensor.nbytes for tensor in _tensors(model).values())
 
 
 def save_model(model: ir.Model, path: str | os.PathLike[str]) -> list[Path]:
-    """Write a model, whole or not at all; large weights go to NAME.data beside it.
+    """Write a model, whole or not at all.
+
+    Weights in memory go inside, above 1 GiB to NAME.data beside it. Files of weights in or below
+    the model's folder stay where they are, and the model refers to them; others are cloned or
+    copied to NAME.data, NAME.data.1 ... No file that weights are read from is written to.
 
     Returns:
         The files written.
@@ -167,24 +167,111 @@ def save_model(model: ir.Model, path: str | os.PathLike[str]) -> list[Path]:
     file = Path(path)
     if not file.parent.is_dir():
         raise BadInput(f"no such folder: {file.parent}", file=file)
-    weight_bytes = sum(
-        value.const_value.nbytes for value in _initializers(model) if value.const_value is not None
-    )
-    outside = any(isinstance(v.const_value, ir.ExternalTensor) for v in _initializers(model))
-    data = file.name + DATA_SUFFIX if weight_bytes > EXTERNAL_DATA_BYTES or outside else None
-    check_no_overwrite(model, file)
     try:
-        folder = Path(tempfile.mkdtemp(prefix=f".{file.name}.", dir=file.parent))
+        stage = Path(tempfile.mkdtemp(prefix=f".{file.name}.", dir=file.parent))
     except OSError as error:
         raise BadInput(f"cannot write here: {error.strerror}", file=file.parent) from error
     try:
         try:
-            ir.save(model, folder / file.name, external_data=data)
+            with _weights_for(model, file, stage):
+                ir.save(model, stage / file.name)
         except OSError as error:
             raise BadInput(f"cannot be written: {error.strerror}", file=file) from error
-        written = sorted(folder.iterdir(), key=lambda part: part.name == file.name)
+        written = sorted(stage.iterdir(), key=lambda part: part.name == file.name)
         for part in written:
             os.replace(part, file.parent / part.name)
     finally:
-        shutil.rmtree(folder)
+        shutil.rmtree(stage)
     return [file.parent / part.name for part in written]
+
+
+@contextlib.contextmanager
+def _weights_for(model: ir.Model, file: Path, stage: Path) -> Iterator[None]:
+    """Let the model refer to its weights as seen from `file`; those to be written are in `stage`.
+
+    Args:
+        model: its initializers are as before afterwards.
+        file: where the model will be.
+        stage: what is put here goes beside it.
+    """
+    before = _tensors(model)
+    moved = {v: tensor for v, tensor in before.items() if not isinstance(tensor, ir.ExternalTensor)}
+    write = sum(tensor.nbytes for tensor in moved.values()) > EXTERNAL_DATA_BYTES
+    home = file.parent.resolve()
+    files: dict[Path, dict[ir.Value, ir.ExternalTensor]] = {}
+    for value, tensor in before.items():
+        if isinstance(tensor, ir.ExternalTensor):
+            path = Path(tensor.path)
+            files.setdefault(path.parent.resolve() / path.name, {})[value] = tensor
+    names = (name for name in _data_names(file) if home / name not in files)
+    try:
+        for source, stored in files.items():
+            if source.is_relative_to(home):
+                location = source.relative_to(home).as_posix()
+            elif 2 * sum(tensor.nbytes for tensor in stored.values()) >= source.stat().st_size:
+                location = next(names)
+                _duplicate(source, stage / location)
+            else:  # most of the file is not needed
+                moved |= stored
+                write = True
+                continue
+            for value, tensor in stored.items():
+                value.const_value = _elsewhere(tensor, location)
+        if write:
+            large = {v: tensor for v, tensor in moved.items() if tensor.nbytes > SMALL_BYTES}
+            written = ir.external_data.convert_tensors_to_external(
+                list(large.values()), stage, next(names)
+            )
+            for value, tensor in zip(large, written, strict=True):
+                value.const_value = tensor
+        yield
+    finally:
+        for value, original in before.items():
+            value.const_value = original
+
+
+def _tensors(model: ir.Model) -> dict[ir.Value, ir.TensorProtocol]:
+    """The initializers that have a value, and it."""
+    pairs = ((value, value.const_value) for value in _initializers(model))
+    return {value: tensor for value, tensor in pairs if tensor is not None}
+
+
+def _data_names(file: Path) -> Iterator[str]:
+    """NAME.data, NAME.data.1, NAME.data.2 ..."""
+    yield file.name + DATA_SUFFIX
+    yield from (f"{file.name}{DATA_SUFFIX}.{index}" for index in itertools.count(1))
+
+
+def _elsewhere(tensor: ir.ExternalTensor, location: str) -> ir.ExternalTensor:
+    """The same tensor in a file of the same content."""
+    return ir.ExternalTensor(
+        location,
+        tensor.offset,
+        tensor.length,
+        tensor.dtype,
+        shape=tensor.shape,
+        name=tensor.name or "",
+    )
+
+
+def _duplicate(source: Path, target: Path) -> None:
+    """Clone a file where the file system can, else copy it; holes stay holes."""
+    with open(source, "rb") as read, open(target, "xb") as write:
+        try:
+            fcntl.ioctl(write.fileno(), _FICLONE, read.fileno())
+            return
+        except OSError:
+            size = os.fstat(read.fileno()).st_size
+        write.truncate(size)
+        end = 0
+        while end < size:
+            try:
+                start = os.lseek(read.fileno(), end, os.SEEK_DATA)
+            except OSError as error:
+                if error.errno != errno.ENXIO:
+                    raise
+                return  # a hole up to the end
+            end = os.lseek(read.fileno(), start, os.SEEK_HOLE)
+            os.lseek(write.fileno(), start, os.SEEK_SET)
+            while start < end:
+                start += os.sendfile(write.fileno(), read.fileno(), start, end - start)

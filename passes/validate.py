@@ -7,15 +7,17 @@ epsilon or constant shows; 16-bit rewrites also in their own type, where a lost 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Hashable, Mapping, Sequence
+from typing import Self
 
 import numpy as np
 import onnx
 import onnx_ir as ir
 
 from fusenorm.ops import parse
-from fusenorm.ops.spec import DOMAIN, DTYPE_OF_ONNX, DTYPES, DType
+from fusenorm.ops.spec import DOMAIN, DTYPE_OF_ONNX, DTYPES, DType, Layout, OpSpec
 from fusenorm.passes import facts
 from fusenorm.passes.evaluate import EvaluationError, evaluate
 from fusenorm.passes.pattern import Refusal, node_name
@@ -34,73 +36,212 @@ SHAPES_OF_ROWS = ((1, 0), (1, 10), (1e-3, 0), (30, 0), (0, 0), (1, -3), (0.1, 0)
 
 
 @dataclasses.dataclass(frozen=True)
+class Operand:
+    """One input of a fused op, as far as a proof depends on it.
+
+    Attributes:
+        name: what the source nodes call it.
+        dtype: its float type, None if unknown.
+        shape: of a row, its own last dimensions behind others of any size.
+        layout: of the slot it goes into.
+        exponent: the numbers tried have this binary magnitude; None if they are the constant's.
+    """
+
+    name: str
+    dtype: DType | None
+    shape: tuple[int, ...]
+    layout: Layout
+    exponent: int | None = 0
+
+    def draw(self, rng: np.random.Generator) -> np.ndarray:
+        """Numbers in float64 that tell formulas apart."""
+        assert self.exponent is not None
+        if self.layout == "vector":
+            return np.ldexp(rng.normal(1.0, 0.5, self.shape), self.exponent)
+        if self.layout in ("heads", "sequence"):
+            return rng.normal(size=self.shape)
+        if self.layout == "scores":  # a mask, one row of it without any weight
+            mask = np.where(rng.random(self.shape) < 0.3, -np.inf, rng.normal(size=self.shape))
+            mask[(0,) * (mask.ndim - 1)] = -np.inf
+            return mask
+        return hard_rows(rng, self.shape)
+
+    def type(self, kind: DType) -> DType:
+        """Its type in an evaluation in `kind`."""
+        return kind if kind == "f64" or self.dtype is None else self.dtype
+
+
+@dataclasses.dataclass(frozen=True)
+class Claim:
+    """That source nodes compute what a fused op does: all that a proof reads.
+
+    Attributes:
+        source: a GraphProto of the source nodes, serialized; its outputs are those compared.
+        constants: what the nodes read besides the operands, and the operands that are not drawn.
+        operands: one for each of spec.inputs.
+        spec: the fused op.
+        attributes: its numbers.
+        outputs: for each of spec.outputs, whether the source has it.
+        merged: the last dimensions that are one to the fused op, () if it has them as they are.
+        opset: of the model.
+    """
+
+    source: bytes
+    constants: Mapping[str, np.ndarray]
+    operands: tuple[Operand, ...]
+    spec: OpSpec
+    attributes: Mapping[str, float]
+    outputs: tuple[bool, ...]
+    merged: tuple[int, ...]
+    opset: int
+
+    @classmethod
+    def of(cls, rewrite: Rewrite, opset: int) -> Self:
+        """What `rewrite` claims, its values named by number in the order they are met.
+
+        A vector the source reads as it is, such as a norm's scale, stands for any of its shape
+        and magnitude. Where a rule made an operand up from the source's constants, the numbers of
+        all of them count.
+        """
+        names: dict[ir.Value, str] = {}
+
+        def name_of(value: ir.Value | None) -> str:
+            return "" if value is None else names.setdefault(value, f"v{len(names)}")
+
+        graph = onnx.GraphProto(name="source")
+        given = {value: name_of(value) for value in rewrite.inputs}
+        constants: dict[str, np.ndarray] = {}
+        read = set()
+        wanted = [value for value in rewrite.outputs if value is not None]
+        for node in _source_nodes(wanted, {*given, *rewrite.computed}):
+            proto = graph.node.add()
+            ir.serde.serialize_node_into(proto, node)
+            for field in ("name", "doc_string", "metadata_props", "input", "output"):
+                proto.ClearField(field)
+            proto.input.extend(name_of(value) for value in node.inputs)
+            proto.output.extend(name_of(value) for value in node.outputs)
+            for value in node.inputs:
+                known = facts.constant(value)
+                if value in given:
+                    read.add(value)
+                elif value is not None and value in rewrite.computed:
+                    constants[name_of(value)] = np.array(rewrite.computed[value], np.int64)
+                elif known is not None:
+                    constants[name_of(value)] = known
+        graph.output.extend(onnx.ValueInfoProto(name=name_of(value)) for value in wanted)
+        made_up = not read.issuperset(given)
+        operands = []
+        for slot, value in zip(rewrite.spec.inputs, rewrite.inputs, strict=True):
+            name, layout = given[value], slot.layout
+            known = None if layout in ("row", "packed") else facts.constant(value)
+            if known is None:
+                shape = rewrite.shapes.get(value) or _shape(value, layout, rewrite.merged)
+                exponent = 0
+            elif layout == "vector" and not made_up:
+                shape, exponent = known.shape, _magnitude(known)
+            else:
+                shape, exponent = known.shape, None
+                constants[name] = known
+            operands.append(Operand(name, facts.dtype_of(value), shape, layout, exponent))
+        return cls(
+            graph.SerializeToString(deterministic=True),
+            constants,
+            tuple(operands),
+            rewrite.spec,
+            {name: float(rewrite.attributes[name]) for name in rewrite.spec.attributes},
+            tuple(value is not None for value in rewrite.outputs),
+            rewrite.merged,
+            opset,
+        )
+
+    @property
+    def key(self) -> tuple[Hashable, ...]:
+        """Equal for claims that have one proof."""
+        constants = tuple((name, *_digest(array)) for name, array in self.constants.items())
+        attributes = tuple(self.attributes.items())
+        fields = {**vars(self), "constants": constants, "attributes": attributes}
+        return tuple(fields.values())
+
+
+def _shape(value: ir.Value, layout: Layout, merged: tuple[int, ...]) -> tuple[int, ...]:
+    # An elementwise op may not know its width; any will do.
+    tail = merged or (facts.last_dim(value) or ANY_WIDTH,)
+    leading = 0 if layout == "vector" else (facts.rank(value) or 3) - len(tail)
+    return (*LEADING[len(LEADING) - leading :], *tail)
+
+
+def _magnitude(array: np.ndarray) -> int:
+    """What to raise numbers around 1, at most 2², to by a power of two."""
+    return int(np.frexp(np.abs(array.astype(np.float64)).max(initial=0))[1]) - 2
+
+
+def _digest(array: np.ndarray) -> tuple[Hashable, ...]:
+    """Equal for equal arrays; stands for them where they may be large."""
+    data = repr(array.tolist()).encode() if array.dtype.hasobject else array.tobytes()
+    return array.dtype, array.shape, hashlib.sha256(data).digest()
+
+
+@dataclasses.dataclass(frozen=True)
 class Validator:
-    """Checks proposals; hand it to a RewritePass.
+    """Checks proposals; hand it to a RewritePass. Of equal claims, only the first is evaluated.
 
     Args:
         seed: of the random rows.
     """
 
     seed: int = 0
+    _flaws: dict[tuple[Hashable, ...], str | None] = dataclasses.field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def __call__(self, rewrite: Rewrite, opset: int) -> Refusal | None:
         """None if both sides agree, else a refusal with the largest difference found."""
-        name = node_name(rewrite.root)
-        rows = {}
-        rng = np.random.default_rng(self.seed)
-        for slot, value in zip(rewrite.spec.inputs, rewrite.inputs, strict=True):
-            known = facts.constant(value)
-            if known is not None and slot.layout == "vector":
-                rows[value] = np.asarray(known, np.float64)
-                continue
-            # An elementwise op may not know its width; any will do.
-            size = facts.last_dim(value) or ANY_WIDTH
-            rows[value] = hard_rows(rng, size, facts.rank(value) or 3, slot.layout == "vector")
-        wanted = [value for value in rewrite.outputs if value is not None]
-        dtype = rewrite.spec.inputs[0].dtype
-        kinds: list[DType] = ["f64"] if dtype in ("f32", "f64") else ["f64", dtype]
-        for kind in kinds:
-            feeds = {
-                value: array.astype(DTYPES[_type(value, kind)].numpy)
-                for value, array in rows.items()
-            }
-            try:
-                source = _run(_source_nodes(wanted, rows), rows, wanted, feeds, opset, kind)
-                fused = _run_fused(rewrite, feeds, opset, kind)
-            except EvaluationError as error:
-                return Refusal("check_failed", name, f"cannot be evaluated: {error}")
-            kept = [out for out, value in zip(fused, rewrite.outputs, strict=True) if value]
-            detail = _difference(source, kept, dtype, kind)
-            if detail:
-                return Refusal("check_failed", name, detail)
-        return None
+        claim = Claim.of(rewrite, opset)
+        key = claim.key
+        if key not in self._flaws:
+            self._flaws[key] = find_flaw(claim, self.seed)
+        flaw = self._flaws[key]
+        return None if flaw is None else Refusal("check_failed", node_name(rewrite.root), flaw)
 
 
-def _type(value: ir.Value, kind: DType) -> DType:
-    """The type `value` has in an evaluation in `kind`."""
-    own = facts.dtype_of(value)
-    return kind if kind == "f64" or own is None else own
+def find_flaw(claim: Claim, seed: int = 0) -> str | None:
+    """What separates the two sides of a claim, None if they agree on random rows."""
+    rng = np.random.default_rng(seed)
+    rows = {
+        operand: np.asarray(claim.constants[operand.name], np.float64)
+        if operand.exponent is None
+        else operand.draw(rng)
+        for operand in claim.operands
+    }
+    dtype = claim.spec.inputs[0].dtype
+    kinds: list[DType] = ["f64"] if dtype in ("f32", "f64") else ["f64", dtype]
+    for kind in kinds:
+        feeds = {
+            operand.name: array.astype(DTYPES[operand.type(kind)].numpy)
+            for operand, array in rows.items()
+        }
+        try:
+            source = _run_source(claim, feeds, kind)
+            fused = _run_fused(claim, feeds, kind)
+        except EvaluationError as error:
+            return f"cannot be evaluated: {error}"
+        kept = [out for out, wanted in zip(fused, claim.outputs, strict=True) if wanted]
+        difference = _difference(source, kept, dtype, kind)
+        if difference:
+            return difference
+    return None
 
 
-def hard_rows(rng: np.random.Generator, size: int, rank: int, vector: bool) -> np.ndarray:
-    """Rows that tell formulas apart: plain, off-centre, tiny, large, zero.
-
-    Leading dimensions all differ, so that a reduction over one of them shows. Returns float64 of
-    `rank` dimensions, or [size] for a vector.
-    """
-    if vector:
-        return rng.normal(1.0, 0.5, size)
-    leading = LEADING[len(LEADING) - rank + 1 :] if rank > 1 else ()
-    plain = rng.normal(size=(math.prod(leading), size))
-    for start in range(0, len(plain), 8):
-        block = plain[start : start + 8]
-        for row, (scale, offset) in zip(block, SHAPES_OF_ROWS, strict=False):
+def hard_rows(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    """Rows that tell formulas apart: plain, off-centre, tiny, large, zero; in float64."""
+    rows = rng.normal(size=shape).reshape(-1, shape[-1])
+    for start in range(0, len(rows), 8):
+        for row, (scale, offset) in zip(rows[start : start + 8], SHAPES_OF_ROWS, strict=False):
             row[:] = scale * row + offset
-    plain = plain.reshape(*leading, size)
-    return plain.reshape(size) if rank == 1 else plain
+    return rows.reshape(shape)
 
 
-def _source_nodes(wanted: Sequence[ir.Value], stop: Mapping[ir.Value, object]) -> list[ir.Node]:
+def _source_nodes(wanted: Sequence[ir.Value], stop: Container[ir.Value]) -> list[ir.Node]:
     """The nodes between the fused inputs and outputs, in an order they can run in."""
     order: list[ir.Node] = []
     seen: set[ir.Node] = set()
@@ -119,49 +260,28 @@ def _source_nodes(wanted: Sequence[ir.Value], stop: Mapping[ir.Value, object]) -
     return order
 
 
-def _run(
-    nodes: Sequence[ir.Node],
-    inputs: Iterable[ir.Value],
-    outputs: Sequence[ir.Value],
-    feeds: Mapping[ir.Value, np.ndarray],
-    opset: int,
-    kind: DType,
-) -> list[np.ndarray]:
+def _run_source(claim: Claim, feeds: Mapping[str, np.ndarray], kind: DType) -> list[np.ndarray]:
     """Evaluate source nodes with every float type replaced by `kind` (f64) or as written."""
-    retype = kind == "f64"
-    names: dict[ir.Value, str] = {}
-
-    def name_of(value: ir.Value | None) -> str:
-        return "" if value is None else names.setdefault(value, f"v{len(names)}")
-
-    protos, constants, functions = [], {}, {}
-    given = set(inputs)
-    for node in nodes:
-        proto = ir.serde.serialize_node(node)
-        del proto.input[:], proto.output[:]
-        proto.input.extend(name_of(value) for value in node.inputs)
-        proto.output.extend(name_of(value) for value in node.outputs)
-        for value in node.inputs:
-            array = facts.constant(value) if value not in given else None
-            if value is not None and array is not None:
-                wide = retype and value.dtype in DTYPE_OF_ONNX
-                constants[name_of(value)] = array.astype(np.float64) if wide else array
-        if retype:
-            _retype_cast(proto)
+    graph = onnx.GraphProto.FromString(claim.source)
+    constants = dict(claim.constants)
+    functions = {}
+    if kind == "f64":
+        floats = {info.numpy for info in DTYPES.values()}
+        constants = {
+            name: array.astype(np.float64) if array.dtype in floats else array
+            for name, array in constants.items()
+        }
+    for node in graph.node:
+        if kind == "f64":
+            _retype_cast(node)
         if node.domain == DOMAIN:
             spec = parse(node.op_type)
             assert spec is not None
-            spec = spec.with_dtype("f64") if retype else spec
-            proto.op_type = spec.op_type
-            functions[spec.op_type] = spec.function(opset)
-        protos.append(proto)
-    return evaluate(
-        protos,
-        {**constants, **{name_of(value): array for value, array in feeds.items()}},
-        [name_of(value) for value in outputs],
-        functions.values(),
-        opset,
-    )
+            spec = spec.with_dtype("f64") if kind == "f64" else spec
+            node.op_type = spec.op_type
+            functions[spec.op_type] = spec.function(claim.opset)
+    outputs = [value.name for value in graph.output]
+    return evaluate(graph.node, {**constants, **feeds}, outputs, functions.values(), claim.opset)
 
 
 def _retype_cast(proto: onnx.NodeProto) -> None:
@@ -171,23 +291,26 @@ def _retype_cast(proto: onnx.NodeProto) -> None:
                 attribute.i = int(ir.DataType.DOUBLE)
 
 
-def _run_fused(
-    rewrite: Rewrite, feeds: Mapping[ir.Value, np.ndarray], opset: int, kind: DType
-) -> list[np.ndarray]:
-    spec = rewrite.spec.with_dtype("f64") if kind == "f64" else rewrite.spec
-    arrays = {
-        slot.name: feeds[value].astype(DTYPES[slot.dtype].numpy)
-        for slot, value in zip(spec.inputs, rewrite.inputs, strict=True)
-    }
+def _run_fused(claim: Claim, feeds: Mapping[str, np.ndarray], kind: DType) -> list[np.ndarray]:
+    spec = claim.spec.with_dtype("f64") if kind == "f64" else claim.spec
+    merged = claim.merged
+    arrays = {}
+    for slot, operand in zip(spec.inputs, claim.operands, strict=True):
+        array = feeds[operand.name].astype(DTYPES[slot.dtype].numpy)
+        if merged:
+            lead = array.shape[: -len(merged)] if slot.layout == "row" else ()
+            array = array.reshape(*lead, math.prod(merged))
+        arrays[slot.name] = array
     node = onnx.helper.make_node(
         spec.op_type,
         [slot.name for slot in spec.inputs],
         [slot.name for slot in spec.outputs],
         domain=DOMAIN,
     )
-    for name in spec.attributes:
-        node.attribute.append(onnx.helper.make_attribute(name, float(rewrite.attributes[name])))
-    return evaluate([node], arrays, list(node.output), [spec.function(opset)], opset)
+    for name, number in claim.attributes.items():
+        node.attribute.append(onnx.helper.make_attribute(name, number))
+    outputs = evaluate([node], arrays, list(node.output), [spec.function(claim.opset)], claim.opset)
+    return [out.reshape(*out.shape[:-1], *merged) if merged else out for out in outputs]
 
 
 def _difference(

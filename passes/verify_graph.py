@@ -49,34 +49,37 @@ def find_problem(model: ir.Model) -> Problem | None:
     return next(_problems(model, model.graph, set()), None)
 
 
-def _problems(model: ir.Model, graph: ir.Graph, outer: set[ir.Value]) -> Iterator[Problem]:
-    defined = outer | set(graph.inputs) | set(graph.initializers.values())
-    names = {value.name for value in defined - outer}
+def _problems(model: ir.Model, graph: ir.Graph, visible: set[ir.Value]) -> Iterator[Problem]:
+    """What is wrong with a graph in which the values of the outer ones are `visible`."""
+    own = {*graph.inputs, *graph.initializers.values()}
+    names = {value.name for value in own}
+    visible |= own
     for node in graph:
-        name = node_name(node)
         for value in node.inputs:
-            if value is not None and value not in defined:
-                yield Problem(f"reads {value.name} before it is defined", name)
+            if value is not None and value not in visible:
+                yield Problem(f"reads {value.name} before it is defined", node_name(node))
         for attribute in node.attributes.values():
             if attribute.type == ir.AttributeType.GRAPH:
-                yield from _problems(model, attribute.as_graph(), defined)
+                yield from _problems(model, attribute.as_graph(), visible)
             elif attribute.type == ir.AttributeType.GRAPHS:
                 for body in attribute.as_graphs():
-                    yield from _problems(model, body, defined)
+                    yield from _problems(model, body, visible)
         if node.domain == DOMAIN:
-            yield from (Problem(detail, name) for detail in _misfits(model, node))
-        defined.update(node.outputs)
+            yield from (Problem(detail, node_name(node)) for detail in _misfits(model, node))
+        own.update(node.outputs)
+        visible.update(node.outputs)
         for value in node.outputs:
             if value.name and value.name in names:
-                yield Problem(f"{value.name} is defined twice", name)
+                yield Problem(f"{value.name} is defined twice", node_name(node))
             names.add(value.name)
     for value in graph.outputs:
-        if value not in defined:
+        if value not in visible:
             yield Problem(f"graph output {value.name} is not produced")
-        elif value in outer:
+        elif value not in own:
             yield Problem(f"subgraph output {value.name} is a value of the outer graph")
     if len({value.name for value in graph.outputs}) != len(graph.outputs):
         yield Problem("two graph outputs have one name")
+    visible -= own
 
 
 def _misfits(model: ir.Model, node: ir.Node) -> Iterator[str]:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import onnx
 import onnx_ir as ir
+import onnxruntime as ort
 import pytest
 
 import fusenorm
+from fusenorm import model_io
 from fusenorm.errors import BadInput
 from fusenorm.model_io import check_operators, load_model, save_model
 from tests.graphs import model
@@ -178,12 +181,94 @@ def fused_model() -> onnx.ModelProto:
     return ir.to_proto(fusenorm.optimize(model(body)).model)  # type: ignore[return-value]
 
 
-def test_the_weights_being_read_are_not_overwritten(tmp_path: Path) -> None:
-    path = _external(tmp_path)
+def _same_outputs(a: Path, b: Path) -> None:
+    x = np.ones((1, 2, 8), np.float32)
+    outputs = [
+        ort.InferenceSession(path, providers=["CPUExecutionProvider"]).run(None, {"x": x})
+        for path in (a, b)
+    ]
+    np.testing.assert_array_equal(*outputs)
+
+
+@pytest.mark.parametrize("output", ["inside/fused.onnx", "fused.onnx"])
+def test_weights_in_or_below_the_folder_stay_where_they_are(tmp_path: Path, output: str) -> None:
+    inside = tmp_path / "inside"
+    inside.mkdir()
+    path = _external(inside)
+    assert save_model(load_model(path), tmp_path / output) == [tmp_path / output]
+    assert sorted(p.name for p in inside.iterdir() if p.suffix != ".onnx") == ["weights.bin"]
+    _same_outputs(path, tmp_path / output)
+
+
+def test_weights_elsewhere_are_copied_whole(tmp_path: Path) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.mkdir()
+    target.mkdir()
+    path = _external(source)
+    with open(source / "weights.bin", "r+b") as data:
+        data.truncate(2 * WEIGHT.nbytes)
+    save_model(load_model(path), target / "a.onnx")
+    assert (target / "a.onnx.data").read_bytes() == (source / "weights.bin").read_bytes()
+    assert not (target / "a.onnx.data").samefile(source / "weights.bin")
+    _same_outputs(path, target / "a.onnx")
+
+
+def test_of_a_file_needed_for_the_least_part_only_that_is_kept(tmp_path: Path) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.mkdir()
+    target.mkdir()
+    path = _external(source)
+    with open(source / "weights.bin", "r+b") as data:
+        data.truncate(3 * WEIGHT.nbytes)
+    save_model(load_model(path), target / "a.onnx")
+    assert (target / "a.onnx.data").stat().st_size == WEIGHT.nbytes
+    _same_outputs(path, target / "a.onnx")
+
+
+def test_holes_stay_holes(tmp_path: Path) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    with open(source, "wb") as data:
+        data.write(b"start")
+        data.seek(1 << 30)
+        data.write(b"middle")
+        data.truncate(2 << 30)
+    model_io._duplicate(source, target)
+    assert target.stat().st_size == 2 << 30
+    assert target.stat().st_blocks * 512 < 1 << 20
+    with open(target, "rb") as data:
+        assert data.read(6) == b"start\0"
+        data.seek((1 << 30) - 1)
+        assert data.read(8) == b"\0middle\0"
+
+
+def test_files_are_cloned_where_that_can_be_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def clone(target: int, request: int, source: int) -> None:
+        assert request == 0x40049409
+        os.write(target, b"clone of " + os.pread(source, 100, 0))
+
+    monkeypatch.setattr(model_io.fcntl, "ioctl", clone)
+    (tmp_path / "a").write_bytes(b"a")
+    model_io._duplicate(tmp_path / "a", tmp_path / "b")
+    assert (tmp_path / "b").read_bytes() == b"clone of a"
+
+
+def test_the_weights_being_read_are_not_overwritten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even by weights in memory that go outside, under the name of that very file."""
+    path = _external(tmp_path, "fused.onnx.data")
+    (tmp_path / "weights.bin").rename(tmp_path / "fused.onnx.data")
     loaded = load_model(path)
-    save_model(loaded, tmp_path / "b.onnx")
-    again = load_model(tmp_path / "b.onnx")
-    before = (tmp_path / "b.onnx.data").read_bytes()
-    with pytest.raises(BadInput, match="holds the weights of the model being read"):
-        save_model(again, tmp_path / "b.onnx")
-    assert (tmp_path / "b.onnx.data").read_bytes() == before
+    added = ir.val("added", const_value=ir.tensor(2 * WEIGHT, name="added"))
+    loaded.graph.register_initializer(added)
+    monkeypatch.setattr(model_io, "EXTERNAL_DATA_BYTES", 10)
+    written = save_model(loaded, tmp_path / "fused.onnx")
+    assert [file.name for file in written] == ["fused.onnx.data.1", "fused.onnx"]
+    assert (tmp_path / "fused.onnx.data").read_bytes() == WEIGHT.tobytes()
+    again = load_model(tmp_path / "fused.onnx")
+    for name, array in (("w", WEIGHT), ("added", 2 * WEIGHT)):
+        np.testing.assert_array_equal(again.graph.initializers[name].const_value.numpy(), array)
+    assert loaded.graph.initializers["added"] is added
+    assert not isinstance(added.const_value, ir.ExternalTensor)

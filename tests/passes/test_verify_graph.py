@@ -51,3 +51,18 @@ def test_fused_node_that_does_not_fit(swish: ir.Model, break_it: str) -> None:
         node.replace_input_with(0, None)
     with pytest.raises(GraphInvalid, match="Swish"):
         verify_graph(swish, "test")
+
+
+def test_a_value_of_a_branch_is_not_seen_outside() -> None:
+    branches = [
+        f"{name}_branch = g{name} () => (float[b,s,8] {name}) {{ {name} = Relu(x) }}"
+        for name in ("then", "else")
+    ]
+    work = ir.from_proto(
+        model(f"a = If (c) <{', '.join(branches)}>\ny = Neg(a)", "float[b,s,8] x, bool c")
+    )
+    verify_graph(work, "test")
+    choice, last = work.graph
+    last.replace_input_with(0, choice.attributes["then_branch"].as_graph().outputs[0])
+    with pytest.raises(GraphInvalid, match="reads then before it is defined"):
+        verify_graph(work, "test")

@@ -1,0 +1,102 @@
+"""Shapes and types of every value, by ONNX's own inference with data propagation."""
+
+from __future__ import annotations
+
+import re
+
+import google.protobuf.message
+import onnx
+import onnx_ir as ir
+
+_NO_TENSOR = re.compile("Sequence|Optional")
+# Larger constants are not shapes, and inference copies the model.
+_SHAPE_BYTES = 1000
+_FAILURES = (RuntimeError, ValueError, google.protobuf.message.Error)
+
+
+class InferShapes(ir.passes.InPlacePass):
+    """ONNX shape inference with data propagation; a model it cannot handle stays as it is.
+
+    Initializers that a caller may override are unknown to it. A model that holds sequences or
+    optionals keeps the types it came with.
+    """
+
+    name = "infer_shapes"
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        if any(_NO_TENSOR.search(node.op_type) for node in model.graph.all_nodes()):
+            return ir.passes.PassResult(model, False)
+        try:
+            inferred = onnx.shape_inference.infer_shapes(_without_weights(model), data_prop=True)
+        except _FAILURES:
+            return ir.passes.PassResult(model, False)
+        return ir.passes.PassResult(model, _Types().give(model.graph, inferred.graph))
+
+
+def _without_weights(model: ir.Model) -> onnx.ModelProto:
+    """The model, its large and overridable initializers being inputs."""
+    proto = onnx.ModelProto(ir_version=model.ir_version)
+    for domain, version in model.opset_imports.items():
+        proto.opset_import.add(domain=domain, version=version)
+    proto.functions.extend(map(ir.serde.serialize_function, model.functions.values()))
+    graph = proto.graph
+    graph.name = model.graph.name or "graph"
+    graph.input.extend(map(ir.serde.serialize_value, model.graph.inputs))
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        if value.is_graph_input():
+            continue
+        if tensor is None or tensor.nbytes > _SHAPE_BYTES:
+            graph.input.append(ir.serde.serialize_value(value))
+        else:
+            graph.initializer.append(ir.serde.serialize_tensor(tensor))
+            graph.initializer[-1].name = value.name or ""
+    for node in model.graph:
+        ir.serde.serialize_node_into(graph.node.add(), node)
+        for value in node.outputs:
+            if value.type is not None and not value.is_graph_output():
+                ir.serde.serialize_value_into(graph.value_info.add(), value)
+    graph.output.extend(map(ir.serde.serialize_value, model.graph.outputs))
+    return proto
+
+
+class _Types:
+    """Reads inferred types; values of one type share one Shape."""
+
+    def __init__(self) -> None:
+        self.known: dict[bytes, tuple[ir.Shape | None, ir.TypeProtocol | None]] = {}
+
+    def give(self, graph: ir.Graph, inferred: onnx.GraphProto) -> bool:
+        """Give the graph's values the types they have in `inferred`; whether any is new."""
+        infos = (*inferred.input, *inferred.value_info, *inferred.output)
+        types = {info.name: info.type for info in infos}
+        modified = False
+        for value in (*graph.inputs, *(out for node in graph for out in node.outputs)):
+            if value.name in types:
+                modified |= self._learn(value, types[value.name])
+        for node, proto in zip(graph, inferred.node, strict=True):
+            for attribute in proto.attribute:
+                if attribute.type == onnx.AttributeProto.GRAPH:
+                    bodies = [node.attributes[attribute.name].as_graph()]
+                    found = [attribute.g]
+                elif attribute.type == onnx.AttributeProto.GRAPHS:
+                    bodies = list(node.attributes[attribute.name].as_graphs())
+                    found = list(attribute.graphs)
+                else:
+                    continue
+                for body, inferred_body in zip(bodies, found, strict=True):
+                    modified |= self.give(body, inferred_body)
+        return modified
+
+    def _learn(self, value: ir.Value, found: onnx.TypeProto) -> bool:
+        key = found.SerializeToString()
+        if key not in self.known:
+            shape = ir.serde.deserialize_type_proto_for_shape(found)
+            self.known[key] = shape, ir.serde.deserialize_type_proto_for_type(found)
+        shape, kind = self.known[key]
+        modified = False
+        if shape is not None and shape != value.shape:
+            value.shape, modified = shape, True
+        if kind is not None and kind.dtype != value.dtype:
+            value.dtype, modified = kind.dtype, True
+        return modified

@@ -1,6 +1,8 @@
 # make demo    optimize a small Llama end to end (no torch needed)
 # make test    the whole test suite
 # make lint    ruff and mypy
+# make test-olive  the Olive pass, in an environment of its own
+# make bench   whole models against onnxruntime, OpenVINO and torch.compile (an hour)
 # make clean   remove what these made
 
 PYTHON ?= python3
@@ -9,7 +11,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet -c constraints.txt
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-olive lint bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.core
@@ -18,13 +20,19 @@ demo: $(VENV)/.core
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -n $(JOBS) -m "not cuda and not serving"
 
+test-olive: .venv-olive/.done
+	.venv-olive/bin/python -m pytest tests/test_olive.py
+
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+bench: .venv-bench/.done
+	.venv-bench/bin/python -m tests.bench --plot build/bench/table.svg
+
 clean:
-	rm -rf $(VENV) build dist fusenorm.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-olive .venv-bench build dist fusenorm.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(VENV)/.core: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -34,4 +42,14 @@ $(VENV)/.core: pyproject.toml constraints.txt
 
 $(VENV)/.test: $(VENV)/.core
 	$(INSTALL) -e ".[torch,test]"
+	touch $@
+
+.venv-olive/.done: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-olive
+	.venv-olive/bin/python -m pip install --quiet -c constraints.txt -e ".[olive]" pytest
+	touch $@
+
+.venv-bench/.done: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-bench
+	.venv-bench/bin/python -m pip install --quiet -c constraints.txt -e ".[torch,bench]"
 	touch $@

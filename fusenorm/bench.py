@@ -1,4 +1,4 @@
-"""Latency of an artifact against onnxruntime, measured alternately in one process."""
+"""Latency of an artifact against other runtimes, measured alternately in one process."""
 
 from __future__ import annotations
 
@@ -19,11 +19,13 @@ from fusenorm.testing import SHAPES, random_inputs, sizes
 
 Progress = Callable[[str, int, int], None]
 
-# Sides to measure against: name -> onnxruntime optimizers that are left out.
-AGAINST: dict[str, tuple[str, ...]] = {
+# onnxruntime optimizers left out by the side of this name.
+DISABLED: dict[str, tuple[str, ...]] = {
     "onnxruntime": (),
     "onnxruntime-noskip": ("SkipLayerNormFusion", "EmbedLayerNormFusion"),
 }
+# What a model can be measured against; the last two need their packages.
+AGAINST = (*DISABLED, "onnxruntime-transformers", "openvino")
 OURS = "fusenorm"
 
 # Tried in this order, as in fusenorm.testing: the first one that runs is measured.
@@ -39,12 +41,27 @@ class Row:
         median: milliseconds per run.
         fastest: milliseconds of the quickest run.
         relative: its median over ours; 1 for ours.
+        quartiles: milliseconds of the first and third quartile.
     """
 
     name: str
     median: float
     fastest: float
     relative: float
+    quartiles: tuple[float, float]
+
+    @classmethod
+    def of(cls, name: str, taken: Sequence[float], ours: Sequence[float]) -> Row:
+        """The row of a side that took so many seconds each time."""
+        median = statistics.median(taken)
+        low, _, high = statistics.quantiles(taken, n=4)
+        return cls(
+            name,
+            1e3 * median,
+            1e3 * min(taken),
+            median / statistics.median(ours),
+            (1e3 * low, 1e3 * high),
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +94,7 @@ def bench(
     artifact: str | os.PathLike[str],
     model: str | os.PathLike[str] | None = None,
     *,
-    against: Sequence[str] = tuple(AGAINST),
+    against: Sequence[str] = tuple(DISABLED),
     inputs: str | os.PathLike[str] | None = None,
     dims: Mapping[str, int] | None = None,
     threads: int | None = None,
@@ -107,27 +124,22 @@ def bench(
     source = stored.manifest["source"]["sha256"]
     if model is not None and source is not None and sha256(Path(model)) != source:
         raise BadInput(f"is not the model {stored.name} was made from", file=model)
-    sides: dict[str, ort.InferenceSession] = {OURS: load(stored, threads, _options())}
-    for name in against:
-        sides[name] = _plain(Path(model) if model is not None else stored.model, name, threads)
+    session = load(stored, threads, _options())
     feed = (
         read_npz(inputs, stored.signature.inputs)
         if inputs is not None
-        else _feed(sides[OURS], stored, dims)
+        else _feed(session, stored, dims)
     )
+    sides = {OURS: lambda: session.run(None, feed)}
+    for name in against:
+        sides[name] = side(name, Path(model) if model is not None else stored.model, feed, threads)
     try:
-        times = measure(
-            {name: _runner(side, feed) for name, side in sides.items()}, seconds, progress
-        )
+        times = measure(sides, seconds, progress)
     except ORT_ERRORS as error:
         raise BadInput(
             f"onnxruntime cannot run it on these inputs ({error})", file=artifact
         ) from error
-    ours = statistics.median(times[OURS])
-    rows = (
-        Row(name, 1e3 * statistics.median(taken), 1e3 * min(taken), statistics.median(taken) / ours)
-        for name, taken in times.items()
-    )
+    rows = (Row.of(name, taken, times[OURS]) for name, taken in times.items())
     shapes = {name: tuple(array.shape) for name, array in feed.items()}
     return Latency(tuple(rows), len(times[OURS]), threads, shapes)
 
@@ -197,17 +209,70 @@ def _options(threads: int | None = None) -> ort.SessionOptions:
     return options
 
 
-def _plain(model: Path, name: str, threads: int | None) -> ort.InferenceSession:
+def side(
+    name: str, model: Path, feed: Mapping[str, np.ndarray], threads: int | None
+) -> Callable[[], object]:
+    """What runs `model` on `feed` once, by the runtime called `name`.
+
+    Raises:
+        BadInput: the runtime is not installed, or cannot load the model.
+    """
+    if name == "openvino":
+        return _openvino(model, feed, threads)
+    if name == "onnxruntime-transformers":
+        return _transformers(model, feed, threads)
+    session = _plain(os.fspath(model), threads, DISABLED[name], model)
+    return lambda: session.run(None, feed)
+
+
+def _plain(
+    source: str | bytes, threads: int | None, disabled: Sequence[str], model: Path
+) -> ort.InferenceSession:
     try:
         return ort.InferenceSession(
-            os.fspath(model),
+            source,
             _options(threads),
             providers=["CPUExecutionProvider"],
-            disabled_optimizers=list(AGAINST[name]),
+            disabled_optimizers=list(disabled),
         )
     except LOAD_ERRORS as error:
         raise BadInput(f"onnxruntime cannot load it: {error}", file=model) from error
 
 
-def _runner(session: ort.InferenceSession, feed: Mapping[str, np.ndarray]) -> Callable[[], object]:
-    return lambda: session.run(None, feed)
+def _transformers(
+    model: Path, feed: Mapping[str, np.ndarray], threads: int | None
+) -> Callable[[], object]:
+    """onnxruntime after the graph optimizer of its own `transformers` package."""
+    try:
+        from onnxruntime.transformers import optimizer
+    except ImportError as error:
+        raise BadInput(f"onnxruntime.transformers cannot be imported: {error}") from error
+    try:
+        better = optimizer.optimize_model(os.fspath(model), "bert", opt_level=0)
+    except Exception as error:  # it raises whatever a pass of it trips over
+        raise BadInput(
+            f"onnxruntime.transformers cannot optimize it: {error}", file=model
+        ) from error
+    session = _plain(better.model.SerializeToString(), threads, (), model)
+    return lambda: session.run(None, dict(feed))
+
+
+def _openvino(
+    model: Path, feed: Mapping[str, np.ndarray], threads: int | None
+) -> Callable[[], object]:
+    """OpenVINO in f32, compiled for the shapes of `feed`."""
+    try:
+        import openvino
+    except ImportError as error:
+        raise BadInput("openvino is not installed: pip install openvino") from error
+    settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
+    if threads is not None:
+        settings["INFERENCE_NUM_THREADS"] = str(threads)
+    try:
+        network = openvino.Core().read_model(os.fspath(model))
+        network.reshape({name: list(array.shape) for name, array in feed.items()})
+        request = openvino.Core().compile_model(network, "CPU", settings).create_infer_request()
+        request.infer(dict(feed))
+    except RuntimeError as error:
+        raise BadInput(f"openvino cannot run it: {error}", file=model) from error
+    return lambda: request.infer(dict(feed))

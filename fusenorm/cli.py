@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import functools
 import json
-import os
 import sys
 import tempfile
 import traceback
@@ -31,6 +30,9 @@ if TYPE_CHECKING:
     from fusenorm.compare import Comparison
     from fusenorm.pipeline import Result
 
+# Models with larger weights are run to compare them only if asked to.
+COMPARED_BYTES = 2 << 30
+
 P = ParamSpec("P")
 Step = Callable[[str, int, int], None]
 
@@ -49,6 +51,9 @@ Output = Annotated[Path | None, typer.Option("-o", "--output", help="Where to wr
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 TargetName = Annotated[str, typer.Option("--target", help="What to compile for, e.g. cpu.")]
+NoTune = Annotated[
+    bool, typer.Option("--no-tune", help="Take every region, measure none: the same everywhere.")
+]
 Inputs = Annotated[
     Path | None, typer.Option("--inputs", metavar="IN.npz", help="Arrays by input name.")
 ]
@@ -123,6 +128,7 @@ def optimize(
     ] = "artifact",
     limit: Limit = None,
     no_bench: Annotated[bool, typer.Option("--no-bench", help="Measure no latency.")] = False,
+    no_tune: NoTune = False,
     inputs: Inputs = None,
     dim: Dims = None,
     threads: Threads = None,
@@ -148,7 +154,7 @@ def optimize(
             _save_checked(result, destination, check)
         else:
             artifact = pipeline.compile(
-                result, target=target, inputs=inputs, dims=dims, progress=step
+                result, target=target, inputs=inputs, dims=dims, tune=not no_tune, progress=step
             )
             artifact.save(destination, check=check)
             if check.comparison is not None and not no_bench:
@@ -260,6 +266,7 @@ def compile(
     model: Annotated[Path, typer.Argument(metavar="MODEL.onnx", help="A fused model.")],
     output: Output = None,
     target: TargetName = "cpu",
+    no_tune: NoTune = False,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -268,7 +275,7 @@ def compile(
 
     destination = output or Path(f"{model.stem}.fnorm")
     with _progress(as_json) as step:
-        artifact = pipeline.compile(model, target=target, progress=step)
+        artifact = pipeline.compile(model, target=target, tune=not no_tune, progress=step)
         check = _Check(model, destination, None, {})
         artifact.save(destination, check=check)
     if as_json:
@@ -387,8 +394,9 @@ def _say(message: str) -> None:
 class _Check:
     """Compares what was made with its source; called before it is put in place.
 
-    A source that onnxruntime itself cannot run on random inputs is not compared: the reason is
-    reported, and the rewrites were still validated one by one.
+    A source that onnxruntime itself cannot run on random inputs is not compared, nor one with
+    large weights unless inputs are given: the reason is reported, and the rewrites were still
+    validated one by one.
     """
 
     def __init__(
@@ -398,6 +406,16 @@ class _Check:
         self.inputs, self.dims = inputs, dims
         self.comparison: Comparison | None = None
         self.reason: str | None = None
+
+    def affordable(self, result: Result) -> bool:
+        """Whether both models are run; `reason` says why not."""
+        from fusenorm.model_io import weight_bytes
+
+        size = weight_bytes(result.model)
+        if size <= COMPARED_BYTES or self.inputs is not None:
+            return True
+        self.reason = f"weights of {size / 1e9:.1f} GB: give --inputs to run both models"
+        return False
 
     def __call__(self, made: Path) -> None:
         from fusenorm import compare
@@ -424,20 +442,17 @@ class _Check:
             _out().print(f"not compared with its source: {self.reason}", soft_wrap=True)
 
 
-def _save_checked(result: Result, destination: Path, check: Callable[[Path], object]) -> None:
+def _save_checked(result: Result, destination: Path, check: _Check) -> None:
     """Save a portable model; files appear only once the check has passed."""
     if not destination.parent.is_dir():
         raise BadInput(f"no such folder: {destination.parent}", file=destination)
     if destination.is_dir():
         raise BadInput("is a folder: give a file name", file=destination)
-    from fusenorm.model_io import check_no_overwrite
-
-    check_no_overwrite(result.model, destination)
-    with tempfile.TemporaryDirectory(prefix=".fusenorm.", dir=destination.parent) as scratch:
-        files = result.save(Path(scratch, destination.name))
-        check(Path(scratch, destination.name))
-        for file in files:
-            os.replace(file, destination.parent / file.name)
+    if check.affordable(result):
+        with tempfile.TemporaryDirectory(prefix=".fusenorm.", dir=destination.parent) as scratch:
+            result.save(Path(scratch, destination.name))
+            check(Path(scratch, destination.name))
+    result.save(destination)
 
 
 def _latency(folder: Path, model: Path | None, **arguments: Any) -> Latency:

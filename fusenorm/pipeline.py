@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import gc
 import hashlib
 import importlib.metadata
 import os
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,21 +20,25 @@ import onnx_ir as ir
 
 from fusenorm.errors import BadInput
 from fusenorm.model_io import check_operators, check_versions, load_model, save_model, sort_graphs
-from fusenorm.ops import DOMAIN, OpSpec, parse
+from fusenorm.ops import DOMAIN, DType, OpSpec, parse
 from fusenorm.passes.canonicalize import Canonicalize, Cleanup, NameDomains
 from fusenorm.passes.expose_residual import ExposeResidual
+from fusenorm.passes.fold_batch_norm import FoldBatchNorm
 from fusenorm.passes.fuse_activation import FuseActivation
+from fusenorm.passes.fuse_attention import FuseAttentions
 from fusenorm.passes.fuse_glu import FuseGatedUnit
+from fusenorm.passes.fuse_linear import FuseLinearMaps
 from fusenorm.passes.fuse_norm import FuseNorm
 from fusenorm.passes.fuse_residual import FuseResidualNorm
 from fusenorm.passes.pattern import node_name
 from fusenorm.passes.rewrite import Check, RewritePass, Rule
 from fusenorm.passes.validate import Validator
 from fusenorm.passes.verify_graph import find_problem, verify_graph
-from fusenorm.report import PassRecord, Report, collect_sites
+from fusenorm.report import PassRecord, Report, Site, collect_regions, collect_sites
 
 if TYPE_CHECKING:
     from fusenorm.artifact import Artifact
+    from fusenorm.lower import LibraryInfo, Target
 
 PLUGINS = "fusenorm.rules"
 Progress = Callable[[str, int, int], None]
@@ -46,11 +52,14 @@ class Options:
         validate: check every rewrite numerically when it is made.
         limit: stop after this many rewrites (bisecting a difference), None for all.
         rules: rules of your own, tried before the GLU rule; plugins add theirs by themselves.
+        fold_batch_norm: the types of weights a BatchNormalization may be folded into. In 16 bits
+            they are rounded once more; () folds none.
     """
 
     validate: bool = True
     limit: int | None = None
     rules: tuple[Rule, ...] = ()
+    fold_batch_norm: tuple[DType, ...] = ("f32", "f64")
 
 
 DEFAULTS = Options()
@@ -105,6 +114,7 @@ def passes(options: Options) -> list[ir.passes.PassBase]:
     budget = [2**31 if options.limit is None else options.limit]
     return [
         Canonicalize(),
+        FoldBatchNorm(options.fold_batch_norm, validate=options.validate, budget=budget),
         FuseNorm(check, budget),
         ExposeResidual(),
         FuseResidualNorm(check, budget),
@@ -115,6 +125,24 @@ def passes(options: Options) -> list[ir.passes.PassBase]:
     ]
 
 
+def lowering_passes(check: Check) -> list[ir.passes.PassBase]:
+    """What compile does to the graph around the fused ops, in order: regions with contractions."""
+    return [FuseAttentions(check), FuseLinearMaps(check), Cleanup()]
+
+
+@contextlib.contextmanager
+def _collector_at_rest() -> Iterator[None]:
+    """The cyclic collector would walk a large graph over and over and free next to nothing."""
+    running = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if running:
+            gc.enable()
+
+
+@_collector_at_rest()
 def optimize(
     model: str | os.PathLike[str] | onnx.ModelProto | ir.Model | Any,
     *,
@@ -237,6 +265,7 @@ def compile(
     *,
     inputs: str | os.PathLike[str] | Mapping[str, np.ndarray] | None = None,
     dims: Mapping[str, int] | None = None,
+    tune: bool = True,
     progress: Progress | None = None,
 ) -> Artifact:
     """Lower the fused ops of a model to one kernel library and pack both.
@@ -246,6 +275,8 @@ def compile(
         target: `cpu` for this machine's level, or a level such as `x86-64-v3`.
         inputs: arrays by name, or an .npz of them, for the recorded run; else random ones.
         dims: sizes of symbolic axes for random inputs.
+        tune: leave regions to onnxruntime that are measured to run slower here; False takes all,
+            so that equal models give equal artifacts on every machine.
         progress: called with (step, steps done, steps in all).
 
     Returns:
@@ -257,38 +288,60 @@ def compile(
     result = model if isinstance(model, Result) else optimize(model, progress=progress)
     from fusenorm.artifact import Artifact, Library, Source
     from fusenorm.compare import CannotRun, golden
-    from fusenorm.kernels import supports
-    from fusenorm.lower import Target, build_library
+    from fusenorm.lower import Target
+    from fusenorm.tune import Paying, slower
 
     machine = Target.parse(target)
-    specs = [spec for spec in fused_specs(result.model) if supports(spec) is None]
     with tempfile.TemporaryDirectory() as scratch:
-        libraries = []
-        if specs:
-            path = Path(scratch, "fusenorm_ops.so")
-            libraries.append(Library.of(build_library(specs, machine, path)))
+        model, regions = lower_regions(result.model)
+        library = _build(model, machine, Path(scratch, "fusenorm_ops.so"))
+        if tune and library is not None and machine.runs_here:
+            slow = slower(model, library.path, machine.level)
+            if slow:
+                model, regions = lower_regions(result.model, Paying(Validator(), slow))
+                library = _build(model, machine, Path(scratch, "fewer_ops.so"))
+        libraries = [] if library is None else [Library.of(library)]
         if progress:
-            progress("record a golden run", len(specs), len(specs))
+            progress("record a golden run", 1, 1)
         portable = Path(scratch, "model.onnx")
-        result.save(portable)
+        save_model(model, portable)
         try:
             recorded = golden(portable, inputs=inputs, dims=dims)
         except CannotRun as error:
             message = error.message.replace(f"Load model from {portable} failed:", "")
-            node = _foreign_node(result.model)
+            node = _foreign_node(model)
             raise BadInput(
                 message, file=result.source or result.model.graph.name, node=node
             ) from error
     summary = result.report.model
     return Artifact(
         name=result.source.stem if result.source else str(result.model.graph.name or "model"),
-        model=result.model,
-        report=result.report.as_dict(),
+        model=model,
+        report={**result.report.as_dict(), "regions": [site.as_dict() for site in regions]},
         libraries=libraries,
         target=target,
         source=Source(summary["sha256"], summary["opset"], summary["ir_version"]),
         golden=recorded,
     )
+
+
+def _build(model: ir.Model, target: Target, path: Path) -> LibraryInfo | None:
+    """The library of a model's fused ops, None if it has none."""
+    from fusenorm.kernels import supports
+    from fusenorm.lower import build_library
+
+    specs = [spec for spec in fused_specs(model) if supports(spec) is None]
+    return build_library(specs, target, path) if specs else None
+
+
+def lower_regions(model: ir.Model, check: Check | None = None) -> tuple[ir.Model, list[Site]]:
+    """A copy of `model` with its regions made, each proved by `check`, and what became of each."""
+    work = model.clone()
+    outputs = [value.name for value in work.graph.outputs]
+    for step in lowering_passes(check or Validator()):
+        step(work)
+        verify_graph(work, str(getattr(step, "name", type(step).__name__)), outputs)
+    return work, collect_regions(work)
 
 
 def _check_own_functions(model: ir.Model, file: object) -> None:

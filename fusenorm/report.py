@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import math
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import onnx_ir as ir
 
-from fusenorm.ops import Gated, Norm, parse
+from fusenorm.ops import REGIONS, Gated, Norm, parse
 from fusenorm.ops.spec import DOMAIN
-from fusenorm.passes.pattern import node_name
+from fusenorm.passes.fold_batch_norm import FOLDED_KEY
+from fusenorm.passes.fold_batch_norm import OP as BATCH_NORM
+from fusenorm.passes.fuse_residual import FuseResidual
+from fusenorm.passes.pattern import Miss, node_name
 from fusenorm.passes.rewrite import MISS_KEY, RULE_KEY, SOURCE_KEY
+from fusenorm.passes.unfuse_contrib import TABLE as CONTRIB
 
 Status = Literal["fused", "native", "refused"]
 
@@ -29,7 +35,11 @@ ANCHORS = {
     "Erf": "Gelu",
     "Tanh": "Gelu",
     "Sigmoid": "Swish",
+    "BatchNormalization": BATCH_NORM,
 }
+
+
+CONTRACTIONS = {"MatMul": "Linear", "Gemm": "Linear", "Attention": "Attention"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +47,7 @@ class Site:
     """One site of the source graph.
 
     Attributes:
-        op: LayerNorm, RMSNorm, SkipLayerNorm, SkipRMSNorm, Gelu, Swish or GLU.
+        op: LayerNorm, RMSNorm, SkipLayerNorm, SkipRMSNorm, Gelu, Swish, GLU or BatchNorm.
         status: `fused`; `native`: a standard op left as it is; `refused`: left as it is.
         reason: a stable code why it was not fused, None if it was.
         detail: the same in words.
@@ -113,16 +123,44 @@ def collect_sites(model: ir.Model) -> list[Site]:
             fused_sources.update((node.graph, name) for name in names)
     covered: set[ir.Node] = set()
     for node in nodes:
+        sites.extend(_folded(node))
         if node.domain == DOMAIN:
             sites.append(_fused(node))
+            known = node.meta.get(MISS_KEY)
+            if known and _is_norm(node):
+                covered.update(known[1].nodes)
+                sites.append(_outside(node, *known))
+            elif known and known[0] == "GLU":
+                # Its activation was fused; the product with the linear twin was not.
+                covered.update(known[1].nodes)
+                sites.append(_left(known[1].nodes[-1], "GLU", "refused"))
         elif node.domain == "" and node.op_type in NATIVE:
             sites.append(_left(node, NATIVE[node.op_type], "native"))
+        elif (node.domain, node.op_type) in CONTRIB and MISS_KEY in node.meta:
+            sites.append(_left(node, node.meta[MISS_KEY][0], "refused"))
         elif _is_candidate(node) and node not in covered:
             if (node.graph, node_name(node)) in fused_sources:
                 continue
             known = node.meta.get(MISS_KEY)
             covered.update(known[1].nodes if known else ())
             sites.append(_left(node, known[0] if known else ANCHORS[node.op_type], "refused"))
+    for function in model.functions.values():
+        sites.extend(_inside(function))
+    return sites
+
+
+def collect_regions(model: ir.Model) -> list[Site]:
+    """Contractions of a compiled model: fused with what surrounds them, or why not."""
+    sites = []
+    for graph in model.graphs():
+        for node in graph:
+            if node.domain == DOMAIN and isinstance(parse(node.op_type), REGIONS):
+                sites.append(_fused(node))
+            elif node.op_type in CONTRACTIONS and node.domain == "" and MISS_KEY in node.meta:
+                op = node.meta[MISS_KEY][0]
+                if op not in CONTRACTIONS.values():
+                    op = CONTRACTIONS[node.op_type]
+                sites.append(_left(node, op, "refused"))
     return sites
 
 
@@ -133,7 +171,14 @@ def _is_candidate(node: ir.Node) -> bool:
     known = node.meta.get(MISS_KEY)
     if known is None or known[1].refusal.code != "check_failed":
         return False
-    return not any(part.op_type in NATIVE or part.op_type in ANCHORS for part in known[1].nodes)
+    return not any(
+        part.op_type in NATIVE or part.op_type in ANCHORS or _is_norm(part)
+        for part in known[1].nodes
+    )
+
+
+def _is_norm(node: ir.Node) -> bool:
+    return node.domain == DOMAIN and isinstance(parse(node.op_type), Norm)
 
 
 def _fused(node: ir.Node) -> Site:
@@ -146,11 +191,48 @@ def _fused(node: ir.Node) -> Site:
             attributes["layout"] = spec.layout
             attributes["variant"] = spec.row.gated
     for name in spec.attributes:
-        attributes[name] = node.attributes[name].as_float()
+        number = node.attributes[name].as_float()
+        if math.isfinite(number):  # else a bound that is none, which JSON cannot hold
+            attributes[name] = number
     if isinstance(spec, Norm) and spec.skip:
         attributes["sum_used"] = bool(node.outputs[1].uses() or node.outputs[1].is_graph_output())
     sources = tuple(node.metadata_props.get(SOURCE_KEY, node_name(node)).split("\n"))
     return Site(spec.family, "fused", None, None, sources, node.outputs[0].name or "", attributes)
+
+
+def _inside(function: ir.Function) -> Iterator[Site]:
+    """What stands in a function of the model's own that could not be inlined."""
+    for node in function.all_nodes() if function.domain != DOMAIN else ():
+        op = {**NATIVE, **ANCHORS}.get(node.op_type) if node.domain == "" else None
+        if op is not None:
+            detail = (
+                f"function {function.domain}:{function.name} is not inlined: it or one that calls "
+                "it is written in an opset with other operators than the model's"
+            )
+            output = node.outputs[0].name or ""
+            kind = {"kind": node.op_type}
+            yield Site(op, "refused", "function_opset", detail, (node_name(node),), output, kind)
+
+
+def _folded(node: ir.Node) -> Iterator[Site]:
+    """The BatchNormalizations a linear map took in."""
+    for line in filter(None, node.metadata_props.get(FOLDED_KEY, "").split("\n")):
+        name, _, output = line.partition("\t")
+        attributes = {"kind": node.op_type, "rule": node.metadata_props.get(RULE_KEY)}
+        yield Site(BATCH_NORM, "fused", None, None, (name,), output, attributes)
+
+
+def _outside(norm: ir.Node, op: str, miss: Miss) -> Site:
+    """What stands in front of a fused norm, mostly a residual sum, and could not join it."""
+    spec, refusal, total = parse(norm.op_type), miss.refusal, miss.nodes[0]
+    assert spec is not None
+    assert refusal is not None
+    detail = f"{refusal.node}: {refusal.detail}"
+    names = tuple(node_name(part) for part in miss.nodes)
+    kind = {"kind": total.op_type}
+    output = total.outputs[0].name or ""
+    family = f"Skip{spec.family}" if op == FuseResidual.op else op
+    return Site(family, "refused", refusal.code, detail, names, output, kind)
 
 
 def _left(node: ir.Node, op: str, status: Status) -> Site:

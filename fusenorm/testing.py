@@ -86,7 +86,8 @@ def _values(tensor: Tensor, dims: Mapping[str, int], seed: int) -> np.ndarray:
     random = np.random.default_rng([seed, zlib.crc32(tensor.name.encode())])
     dtype, name = tensor.numpy, tensor.name.lower()
     if dtype.kind == "b":
-        return np.ones(shape, dtype) if "mask" in name else random.random(shape) < 0.5
+        chances = np.zeros(shape) if "mask" in name else random.random(shape)
+        return np.asarray(chances < 0.5)  # of no axes, a comparison gives no array
     if dtype.kind not in "iu":
         return random.standard_normal(shape).astype(dtype)
     if tensor.limit is not None:

@@ -7,11 +7,13 @@ if __name__ != "fusenorm.passes":
 
 from fusenorm.passes.canonicalize import Canonicalize, Cleanup
 from fusenorm.passes.expose_residual import ExposeResidual
+from fusenorm.passes.fold_batch_norm import FoldBatchNorm
 from fusenorm.passes.fuse_activation import (
     ActivationRule,
     FuseActivation,
     FuseGelu,
     FuseGeluTanh,
+    FuseRelu2,
     FuseSwish,
 )
 from fusenorm.passes.fuse_glu import FuseGatedUnit, FuseGLU
@@ -27,6 +29,7 @@ RULES: tuple[Rule, ...] = (
     FuseGelu(),
     FuseGeluTanh(),
     FuseSwish(),
+    FuseRelu2(),
     FuseGLU(),
 )
 
@@ -36,6 +39,7 @@ __all__ = [
     "Canonicalize",
     "Cleanup",
     "ExposeResidual",
+    "FoldBatchNorm",
     "FuseActivation",
     "FuseGatedUnit",
     "FuseNorm",

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import re
+from collections.abc import Mapping
 
+import onnx
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 
 from fusenorm.ops.spec import DOMAIN
 from fusenorm.passes import facts
 from fusenorm.passes.fold_constants import FoldConstants
+from fusenorm.passes.infer_shapes import InferShapes
 from fusenorm.passes.unfuse_contrib import UnfuseContrib
 
-_NO_TENSOR = re.compile("Sequence|Optional")
 _RANDOM = re.compile("Random|Bernoulli|Multinomial|Dropout")
 
 
@@ -47,7 +50,10 @@ def _is_no_op(node: ir.Node) -> bool:
 
 
 class PlainSpellings(ir.passes.InPlacePass):
-    """Sum of two is Add; CastLike to a known type is Cast."""
+    """Sum is Adds from left to right; CastLike to a known type is Cast.
+
+    In 16 bits a Sum of more than two stays: it rounds once, Adds would each round.
+    """
 
     name = "plain_spellings"
 
@@ -57,8 +63,8 @@ class PlainSpellings(ir.passes.InPlacePass):
             for node in graph:
                 if node.domain != "":
                     continue
-                if node.op_type == "Sum" and len(node.inputs) == 2:
-                    node.op_type = "Add"
+                if node.op_type == "Sum" and _sums_in_order(node):
+                    _write_as_adds(graph, node)
                     modified = True
                 elif node.op_type == "CastLike" and node.inputs[1] is not None:
                     target = node.inputs[1].dtype
@@ -68,6 +74,24 @@ class PlainSpellings(ir.passes.InPlacePass):
                         node.attributes["to"] = ir.AttrInt64("to", int(target))
                         modified = True
         return ir.passes.PassResult(model, modified)
+
+
+def _sums_in_order(node: ir.Node) -> bool:
+    """Whether a Sum is to the bit what Adds from left to right are."""
+    count = len(node.inputs)
+    return count == 2 or (count > 2 and facts.dtype_of(node.outputs[0]) in ("f32", "f64"))
+
+
+def _write_as_adds(graph: ir.Graph, node: ir.Node) -> None:
+    total, *rest = node.inputs
+    for index, term in enumerate(rest[:-1]):
+        part = ir.val(f"{node.outputs[0].name}_sum_of_{index + 2}", dtype=node.outputs[0].dtype)
+        graph.insert_before(node, ir.node("Add", [total, term], outputs=[part]))
+        total = part
+    node.op_type = "Add"
+    node.resize_inputs(2)
+    node.replace_input_with(0, total)
+    node.replace_input_with(1, rest[-1])
 
 
 class NameDomains(ir.passes.InPlacePass):
@@ -86,20 +110,47 @@ class NameDomains(ir.passes.InPlacePass):
 
 
 class InlineFunctions(ir.passes.InPlacePass):
-    """Model-local functions of other domains, written in the model's own opset, are inlined."""
+    """Model-local functions of other domains are inlined.
+
+    A function stays where one of its operators means something else in its opset than in the
+    model's, or where one that stays calls it.
+    """
 
     name = "inline_functions"
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        opset = model.opset_imports.get("")
-
-        def same_language(function: ir.Function) -> bool:
-            return function.domain != DOMAIN and function.opset_imports.get("", opset) == opset
-
-        result = common.InlinePass(criteria=same_language)(model)
+        foreign = [f for f in model.functions.values() if f.domain != DOMAIN]
+        imports = dict(model.opset_imports)
+        staying = []
+        for function in foreign:
+            if all(
+                _means_the_same(node, function.opset_imports, imports)
+                for node in function.all_nodes()
+            ):
+                imports = {**function.opset_imports, **imports}
+            else:
+                staying.append(function)
+        for function in staying:  # grows on the way
+            called = {node.op_identifier() for node in function.all_nodes()}
+            staying += [f for f in foreign if f.identifier() in called and f not in staying]
+        inlined = [function for function in foreign if function not in staying]
+        for function in inlined:
+            known = function.opset_imports.keys() & imports.keys()
+            function.opset_imports.update({domain: imports[domain] for domain in known})
+        result = common.InlinePass(criteria=lambda function: function in inlined)(model)
         if result.modified:
             common.NameFixPass()(model)
         return ir.passes.PassResult(model, result.modified)
+
+
+def _means_the_same(node: ir.Node, own: Mapping[str, int], imports: Mapping[str, int]) -> bool:
+    """Whether an operator did not change between the version a function and a model import."""
+    versions = {found for found in (own.get(node.domain), imports.get(node.domain)) if found}
+    try:
+        schemas = [onnx.defs.get_schema(node.op_type, version, node.domain) for version in versions]
+    except onnx.defs.SchemaError:
+        return len(versions) < 2
+    return len({schema.since_version for schema in schemas}) < 2
 
 
 class FixedInitializers(ir.passes.InPlacePass):
@@ -115,29 +166,6 @@ class FixedInitializers(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, True)
 
 
-class InferShapes(ir.passes.InPlacePass):
-    """ONNX shape inference with data propagation; a model it cannot handle stays as it is.
-
-    Initializers that a caller may override are unknown to it. A model that holds sequences or
-    optionals keeps the types it came with.
-    """
-
-    name = "infer_shapes"
-
-    def call(self, model: ir.Model) -> ir.passes.PassResult:
-        if any(_NO_TENSOR.search(node.op_type) for node in model.graph.all_nodes()):
-            return ir.passes.PassResult(model, False)
-        overridable = [value for value in model.graph.inputs if value.const_value is not None]
-        defaults = [value.const_value for value in overridable]
-        for value in overridable:
-            value.const_value = None
-        try:
-            return common.ShapeInferencePass(check_type=False, strict_mode=False)(model)
-        finally:
-            for value, default in zip(overridable, defaults, strict=True):
-                value.const_value = default
-
-
 class Annotate(ir.passes.InPlacePass):
     """Prove last dimensions where shape inference lost them."""
 
@@ -147,6 +175,25 @@ class Annotate(ir.passes.InPlacePass):
         for graph in model.graphs():
             facts.annotate(graph)
         return ir.passes.PassResult(model, False)
+
+
+class RemoveUnused(ir.passes.InPlacePass):
+    """Nodes and initializers nothing reads go, those of bodies too."""
+
+    name = "remove_unused"
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        modified = common.RemoveUnusedNodesPass()(model).modified
+        for node in model.graph.all_nodes():
+            # The pass drops absent inputs at the end, but a Loop must have its first two.
+            if node.op_type == "Loop" and node.domain == "" and len(node.inputs) < 2:
+                node.resize_inputs(2)
+        for body in model.graph.subgraphs():
+            for value in list(body.initializers.values()):
+                if not (value.uses() or value.is_graph_output() or value.is_graph_input()):
+                    body.initializers.pop(str(value.name))
+                    modified = True
+        return ir.passes.PassResult(model, modified)
 
 
 class Canonicalize(ir.passes.Sequential):
@@ -166,7 +213,7 @@ class Canonicalize(ir.passes.Sequential):
             UnfuseContrib(),
             common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
             RemoveNoOps(),
-            common.RemoveUnusedNodesPass(),
+            RemoveUnused(),
             InferShapes(),
             PlainSpellings(),
             RemoveNoOps(),
@@ -174,7 +221,7 @@ class Canonicalize(ir.passes.Sequential):
             InferShapes(),
             MergeEqual(),
             FoldConstants(),
-            common.RemoveUnusedNodesPass(),
+            RemoveUnused(),
             Annotate(),
         )
 
@@ -190,6 +237,31 @@ class MergeEqual(ir.passes.InPlacePass):
         return common.CommonSubexpressionEliminationPass()(model)
 
 
+class DistinctNames(ir.passes.InPlacePass):
+    """A value made up in a body loses a name it shares with an outer one, which it would hide."""
+
+    name = "distinct_names"
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        return ir.passes.PassResult(model, _uncover(model.graph, frozenset()))
+
+
+def _uncover(graph: ir.Graph, outer: frozenset[str | None]) -> bool:
+    """Rename what has a name of `outer`, in a graph and its nodes' bodies."""
+    values = [*graph.inputs, *graph.initializers.values()]
+    values += [out for node in graph for out in node.outputs]
+    taken, modified = outer | {value.name for value in values}, False
+    for value in values:
+        if value.name and value.name in outer:
+            numbered = (f"{value.name}_{count}" for count in itertools.count(2))
+            value.name = next(name for name in numbered if name not in taken)
+            taken, modified = taken | {value.name}, True
+    for node in graph:
+        for body in facts.bodies(node):
+            modified |= _uncover(body, taken)
+    return modified
+
+
 class Cleanup(ir.passes.Sequential):
     """Merge fused nodes that became equal, drop what fusion left without a reader."""
 
@@ -198,7 +270,8 @@ class Cleanup(ir.passes.Sequential):
     def __init__(self) -> None:
         super().__init__(
             MergeEqual(),
-            common.RemoveUnusedNodesPass(),
+            RemoveUnused(),
             common.RemoveUnusedFunctionsPass(),
             common.RemoveUnusedOpsetsPass(process_functions=False),
+            DistinctNames(),
         )

@@ -59,13 +59,11 @@ class FoldConstants(ir.passes.InPlacePass):
             return None
         if node.op_type == "Cast" and not _castable(node):
             return None
-        arrays = [facts.constant(value) for value in node.inputs]
-        if any(array is None for array in arrays):
-            return None
-        if sum(array.size for array in arrays if array is not None) > self.limit:
+        arrays = [array for v in node.inputs if (array := facts.constant(v)) is not None]
+        if len(arrays) != len(node.inputs) or sum(array.size for array in arrays) > self.limit:
             return None
         proto = ir.serde.serialize_node(node)
-        feeds = {name: array for name, array in zip(proto.input, arrays, strict=True) if name}
+        feeds = dict(zip(proto.input, arrays, strict=True))
         try:
             (result,) = evaluate([proto], feeds, proto.output, (), opset)  # type: ignore[arg-type]
         except EvaluationError:
@@ -106,7 +104,7 @@ def _gathered_dim(node: ir.Node) -> np.ndarray | None:
     """Gather(Shape(x), i) where dimension i of x is known."""
     shape_of = node.inputs[0].producer() if node.inputs[0] is not None else None
     index = facts.constant(node.inputs[1])
-    if shape_of is None or shape_of.op_type != "Shape" or shape_of.attributes:
+    if shape_of is None or shape_of.op_identifier() != ("", "Shape", "") or shape_of.attributes:
         return None
     source = shape_of.inputs[0]
     if index is None or index.size != 1 or source is None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 import onnx
 import onnx.parser
+import onnx_ir as ir
 import onnxruntime as ort
 
 import fusenorm
@@ -36,6 +37,26 @@ def model(
     return proto
 
 
+def values(
+    body: str,
+    inputs: str = "float[b,s,8] x",
+    *,
+    known: str = "",
+    constants: Mapping[str, np.ndarray] | None = None,
+    opset: int = 18,
+) -> dict[str, ir.Value]:
+    """Every value of a graph with output y, by name; `known` declares types of inner ones."""
+    proto = onnx.parser.parse_model(
+        f'<ir_version: 8, opset_import: ["" : {opset}, "other" : 1]>\n'
+        f"graph ({inputs}) => (float[] y) <{known}> {{\n{body}\n}}"
+    )
+    for name, array in (constants or {}).items():
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(np.asarray(array), name))
+    graph = ir.from_proto(proto).graph
+    produced = [out for node in graph for out in node.outputs]
+    return {str(v.name): v for v in (*graph.inputs, *graph.initializers.values(), *produced)}
+
+
 def run(proto: onnx.ModelProto, feeds: Mapping[str, np.ndarray]) -> list[np.ndarray]:
     """Outputs under onnxruntime with every optimisation off."""
     options = ort.SessionOptions()
@@ -49,8 +70,6 @@ def run(proto: onnx.ModelProto, feeds: Mapping[str, np.ndarray]) -> list[np.ndar
 
 def fused(proto: onnx.ModelProto) -> tuple[onnx.ModelProto, Report]:
     """The optimised model, checked by onnx's own checker, and the report."""
-    import onnx_ir as ir
-
     result = fusenorm.optimize(proto)
     after = ir.serde.serialize_model(result.model)
     onnx.checker.check_model(after)

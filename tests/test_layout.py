@@ -27,6 +27,7 @@ MAY_IMPORT = {
     "fusenorm.lower": ("errors", "ops", "kernels", "artifact"),
     "fusenorm.runtime": ("errors", "signature", "artifact"),
     "fusenorm.runtime.direct": ("errors", "ops", "kernels", "lower", "artifact", "signature"),
+    "fusenorm.olive": ("pipeline",),
     "fusenorm.serving": ("errors", "signature", "artifact", "runtime"),
 }
 # module prefix -> packages from outside it must not import at all
@@ -113,6 +114,13 @@ def test_layers_keep_out_of_other_packages(root: Path) -> None:
         and module != "fusenorm.runtime.direct"
     ]
     assert wrong == []
+
+
+def test_olive_is_for_its_pass_only(root: Path) -> None:
+    used = {
+        module: {name.split(".")[0] for name in imports(path)} for module, path in modules(root)
+    }
+    assert [module for module, names in used.items() if "olive" in names] == ["fusenorm.olive"]
 
 
 def loaded_after(code: str, root: Path) -> set[str]:

@@ -83,6 +83,7 @@ def test_random_inputs_fit_their_signature(batch: int, seq: int, seed: int) -> N
             Tensor("attention_mask", "int64", ("batch", "seq")),
             Tensor("position_ids", "int64", ("batch", "seq")),
             Tensor("flag", "bool", ("batch",)),
+            Tensor("use_cache", "bool", ()),
             Tensor("x", "bfloat16", ("batch", None, 4)),
         ),
         (),
@@ -90,6 +91,7 @@ def test_random_inputs_fit_their_signature(batch: int, seq: int, seed: int) -> N
     dims = sizes(signature, {"batch": batch, "seq": seq})
     feed = random_inputs(signature, dims, seed)
     signature.check(feed)
+    assert all(isinstance(array, np.ndarray) for array in feed.values())
     assert feed["ids"].min() >= 0
     assert feed["ids"].max() < 5
     assert (feed["attention_mask"] == 1).all()

@@ -134,8 +134,8 @@ def test_the_standard_domain_by_its_other_name() -> None:
     assert fused_ops(same(proto, X)) == ["Swish"]
 
 
-@pytest.mark.parametrize(("opset", "expected"), [(18, ["Swish"]), (17, [])])
-def test_functions_of_the_same_opset_are_seen_through(opset: int, expected: list[str]) -> None:
+@pytest.mark.parametrize("opset", [18, 17])  # Sigmoid and Mul are the same in both
+def test_functions_of_the_same_operators_are_seen_through(opset: int) -> None:
     proto = model("y = Relu(x)")
     silu = onnx.parser.parse_function(
         f'<domain: "local", opset_import: ["" : {opset}]>\n'
@@ -144,7 +144,7 @@ def test_functions_of_the_same_opset_are_seen_through(opset: int, expected: list
     proto.functions.append(silu)
     proto.opset_import.add(domain="local", version=1)
     proto.graph.node[0].op_type, proto.graph.node[0].domain = "silu", "local"
-    assert fused_ops(same(proto, X)) == expected
+    assert fused_ops(same(proto, X)) == ["Swish"]
 
 
 def test_cleanup_merges_fused_twins() -> None:

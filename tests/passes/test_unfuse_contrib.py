@@ -12,6 +12,7 @@ import onnxruntime as ort
 import pytest
 
 import fusenorm
+from fusenorm.report import Report
 from tests.graphs import fused_ops, rows, run
 
 VECTORS = {
@@ -76,8 +77,162 @@ def test_f16_skip_norm_sums_in_f32() -> None:
 def test_statistics_somebody_reads_keep_the_node() -> None:
     body = f"y, m = {MS}.SkipLayerNormalization(x, r, g, b)"
     proto = _model(body, "float[n,s,16] y, float[n,s,1] m")
-    after = ir.to_proto(fusenorm.optimize(proto).model)
+    result = fusenorm.optimize(proto)
+    after = ir.to_proto(result.model)
     assert [node.op_type for node in after.graph.node] == ["SkipLayerNormalization"]
+    assert _left(result.report) == [("SkipLayerNorm", "refused", "stats_used")]
+
+
+def _left(report: Report) -> list[tuple[str, str, str | None]]:
+    return [(site.op, site.status, site.reason) for site in report.sites]
+
+
+@pytest.mark.parametrize(
+    ("body", "dtype", "reason"),
+    [
+        ("y = SimplifiedLayerNormalization<axis = 1>(x, g)", "float", ("RMSNorm", "axis")),
+        (f"y = {MS}.SkipLayerNormalization(x, r, g)", "bfloat16", ("SkipLayerNorm", "types")),
+        (f"h = {MS}.Unknown(x)\ny = {MS}.QuickGelu(h)", "float", ("Swish", "type_unknown")),
+    ],
+)
+def test_what_stays_says_why(body: str, dtype: str, reason: tuple[str, str]) -> None:
+    op, code = reason
+    report = fusenorm.optimize(_model(body, f"{dtype}[n,s,16] y", dtype)).report
+    assert _left(report) == [(op, "refused", code)]
+
+
+def test_an_opset_older_than_the_bodies() -> None:
+    proto = _model(f"y = {MS}.QuickGelu(x)", "float[n,s,16] y")
+    proto.opset_import[0].version = 11
+    assert _left(fusenorm.optimize(proto).report) == [("Swish", "refused", "opset")]
+
+
+EMBED = {
+    "ids": np.array([[1, 4, 2], [0, 5, 5]], np.int32),
+    "kinds": np.array([[0, 0, 1], [1, 0, 1]], np.int32),
+    "mask": np.array([[1, 1, 0], [1, 1, 1]], np.int32),
+    "at": np.array([[2, 0, 1], [3, 3, 0]], np.int32),
+    "row": np.array([[2, 0, 1]], np.int32),
+}
+
+
+def _embedding(inputs: str, outputs: str = "y, i, s") -> onnx.ModelProto:
+    """One EmbedLayerNormalization with these inputs behind its ids, None for an absent one."""
+    names = ["ids", *inputs.replace("None", "").split(" ")]
+    node = onnx.helper.make_node(
+        "EmbedLayerNormalization", names, outputs.split(", "), domain=MS, epsilon=0.01
+    )
+    sizes = {"words": (6, 16), "places": (4, 16), "segments": (2, 16), "g": (16,), "b": (16,)}
+    graph = onnx.helper.make_graph(
+        [node],
+        "embed",
+        [
+            onnx.helper.make_tensor_value_info(
+                name, onnx.TensorProto.INT32, [1 if name == "row" else "n", "s"]
+            )
+            for name in EMBED
+            if name in names
+        ],
+        [
+            onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["n", "s", 16])
+            for name in ("y", "s")
+            if name in outputs.split(", ")
+        ],
+        [
+            onnx.numpy_helper.from_array(rows(*size, seed=seed), name)
+            for seed, (name, size) in enumerate(sizes.items())
+            if name in names
+        ],
+    )
+    imports = [onnx.helper.make_opsetid("", 17), onnx.helper.make_opsetid(MS, 1)]
+    return onnx.helper.make_model(graph, opset_imports=imports, ir_version=8)
+
+
+@pytest.mark.parametrize(
+    "inputs",
+    [
+        "kinds words places segments g b",
+        "kinds words places segments g b mask",
+        "kinds words places segments g b None at",
+        "kinds words places segments g b mask row",
+        "None words places None g b",
+        "None words places segments g b",
+    ],
+)
+@pytest.mark.parametrize("outputs", ["y, i, s", "y, i"])
+def test_embedding(inputs: str, outputs: str) -> None:
+    proto = _embedding(inputs, outputs)
+    result = fusenorm.optimize(proto)
+    assert fused_ops(result.report) == ["SkipLayerNorm"]
+    after = ir.to_proto(result.model)
+    onnx.checker.check_model(after)
+    assert {node.domain for node in after.graph.node} == {"", "fusenorm"}
+    feeds = {info.name: EMBED[info.name] for info in proto.graph.input}
+    y, *total = run(proto, feeds)
+    got, *got_total = run(after, feeds)
+    np.testing.assert_allclose(got, y, rtol=0, atol=4e-6 * np.abs(y).max())
+    for a, b in zip(total, got_total, strict=True):  # the kernel's order of additions
+        np.testing.assert_array_equal(b, a)
+
+
+def test_a_mask_index_somebody_reads_keeps_the_embedding() -> None:
+    proto = _embedding("kinds words places segments g b mask")
+    info = onnx.helper.make_tensor_value_info("i", onnx.TensorProto.INT32, ["n"])
+    proto.graph.output.append(info)
+    result = fusenorm.optimize(proto)
+    assert _left(result.report) == [("SkipLayerNorm", "refused", "stats_used")]
+    assert [node.op_type for node in result.model.graph] == ["EmbedLayerNormalization"]
+
+
+def test_an_embedding_in_f16_stays() -> None:
+    """Its kernel sums in f32 on a CPU and in f16 on a GPU."""
+    proto = _embedding("kinds words places segments g b")
+    for tensor in proto.graph.initializer:
+        array = onnx.numpy_helper.to_array(tensor).astype(np.float16)
+        tensor.CopyFrom(onnx.numpy_helper.from_array(array, tensor.name))
+    for value in proto.graph.output:
+        value.type.tensor_type.elem_type = onnx.TensorProto.FLOAT16
+    report = fusenorm.optimize(proto).report
+    assert _left(report) == [("SkipLayerNorm", "refused", "types")]
+
+
+# What onnxruntime's optimiser leaves in a file besides norms and activations.
+OTHERS = {
+    "BiasAdd": "h = {ms}.BiasAdd(x, b, r)",
+    "BiasDropout": "h, k = {ms}.BiasDropout(x, b)",
+    "FusedGemm": 'f = Reshape(x, flat)\nh2 = {ms}.FusedGemm<activation = "Relu">(f, w2, b)\n'
+    "h = Reshape(h2, back)",
+    "FusedMatMul": "h = {ms}.FusedMatMul<alpha = 0.5, transB = 1>(x, w2)",
+    "GroupNorm": "h = {ms}.GroupNorm<groups = 1, activation = 0>(x, g, b)",
+    "MatMulBnb4": "h = {ms}.MatMulBnb4<K = 16, N = 16, block_size = 16, quant_type = 1>(x, q, a)",
+    "MatMulNBits": "h = {ms}.MatMulNBits<K = 16, N = 16, bits = 4, block_size = 16>(x, p, a)",
+    "SkipGroupNorm": "h = {ms}.SkipGroupNorm<groups = 1, activation = 0>(x, g, b, r)",
+}
+WEIGHTS = {
+    "w2": rows(16, 16),
+    "flat": np.array([-1, 16]),
+    "back": np.array([2, 3, 16]),
+    "q": np.arange(128, dtype=np.uint8),
+    "p": np.arange(128, dtype=np.uint8).reshape(16, 1, 8),
+    "a": np.linspace(0.1, 1, 16, dtype=np.float32),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_operators_are_left_alone(name: str) -> None:
+    body = OTHERS[name].replace("{ms}", MS) + f"\ny = {MS}.SkipLayerNormalization(h, r, g, b)"
+    proto = _model(body, "float[2,3,16] y")
+    for weight, array in WEIGHTS.items():
+        if weight in body.replace("(", " ").replace(")", " ").replace(",", " ").split():
+            proto.graph.initializer.append(onnx.numpy_helper.from_array(array, weight))
+    result = fusenorm.optimize(proto)
+    after = ir.to_proto(result.model)
+    assert name in [node.op_type for node in after.graph.node]
+    assert fused_ops(result.report) == ["SkipLayerNorm"]  # though ONNX cannot infer h's type
+    if name not in ("BiasAdd", "BiasDropout", "GroupNorm", "SkipGroupNorm"):  # no CPU kernels
+        feeds = {"x": rows(2, 3, 16), "r": rows(2, 3, 16, seed=1)}
+        (a,), (b,) = run(proto, feeds), run(after, feeds)
+        np.testing.assert_allclose(b, a, rtol=0, atol=1e-5 * np.abs(a).max())
 
 
 @pytest.mark.model

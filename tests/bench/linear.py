@@ -1,0 +1,182 @@
+"""Linear kernels against onnxruntime's MatMul and the machine's own limits, one thread.
+
+python -m tests.bench.linear [--rows 1,4,16,128,512] [--shapes 768x3072,3072x768]
+
+Every product has its own weight, as in a model, so that one row reads weights from memory. The
+limits are measured in the same run: multiply-adds in registers, and a sum over 256 MiB.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import tvm.script.ir_builder.tirx as T  # noqa: N812
+
+from fusenorm.bench import measure
+from fusenorm.kernels import cpu
+from fusenorm.kernels.mathfn import Lanes
+from fusenorm.kernels.rows import function
+from fusenorm.lower import Target, build_library
+from fusenorm.ops import DOMAIN, DTYPES, Linear
+from fusenorm.ops.linear import pack
+
+CHAINS = 24
+STEPS = 1 << 20
+BYTES = 1 << 28
+WEIGHTS = 1 << 27
+
+
+def limits() -> tuple[float, float]:
+    """flop/s of multiply-adds in registers, and bytes/s of a sum over memory."""
+    lanes = Lanes({"x86-64-v4": 16, "x86-64-v3": 8}.get(Target.host().level, 4))
+    width = lanes.count
+
+    def multiply(y: Any, count: Any) -> None:
+        cells = T.alloc_buffer((CHAINS * width,), "float32")
+        places = [T.ramp(chain * width, 1, width) for chain in range(CHAINS)]
+        for place in places:
+            T.buffer_store(cells, y[T.ramp(0, 1, width)], [place])
+        factor = T.bind(y[T.ramp(width, 1, width)])
+        with T.serial(count):
+            for place in places:
+                T.buffer_store(cells, cells[place] * factor + factor, [place])
+        for place in places:
+            T.buffer_store(y, cells[place], [place])
+
+    def add(y: Any, count: Any) -> None:
+        cells = T.alloc_buffer((8 * width,), "float32")
+        places = [T.ramp(part * width, 1, width) for part in range(8)]
+        for place in places:
+            T.buffer_store(cells, lanes.f32(0.0), [place])
+        with T.serial(count // (8 * width)) as block:
+            for part, place in enumerate(places):
+                read = y[T.ramp((block * 8 + part) * width, 1, width)]
+                T.buffer_store(cells, cells[place] + read, [place])
+        for place in places:
+            T.buffer_store(y, cells[place], [place])
+
+    made = {}
+    for name, body in (("multiply", multiply), ("add", add)):
+        with function(name) as builder:
+            handle, count = T.arg("y", T.handle()), T.arg("count", T.int64())
+            body(T.match_buffer(handle, (T.int64(),), "float32", align=4), count)
+        made[name] = builder.get()
+    module = cpu.compile_functions(made, Target.host().tvm)
+    few, many = np.zeros(1024, np.float32), np.ones(BYTES // 4, np.float32)
+    flops = 2 * CHAINS * width * STEPS / _best(lambda: module["multiply"](few, STEPS))
+    return flops, BYTES / _best(lambda: module["add"](many, many.size))
+
+
+def _best(call: Callable[[], object]) -> float:
+    times = []
+    for _ in range(15):
+        begun = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - begun)
+    return min(times)
+
+
+def session(weights: Mapping[str, np.ndarray], library: Path | None) -> ort.InferenceSession:
+    """x through every weight, side by side: Linear ops with a library, else MatMul."""
+    dtype = next(iter(weights.values())).dtype
+    spec = Linear(dtype="f32" if dtype == np.float32 else "f16")
+    kind = onnx.helper.np_dtype_to_tensor_dtype(dtype)
+    ours = library is not None
+    nodes = [
+        onnx.helper.make_node(
+            spec.op_type if ours else "MatMul",
+            ["x", name],
+            [f"y_{name}"],
+            domain=DOMAIN if ours else "",
+        )
+        for name in weights
+    ]
+    graph = onnx.helper.make_graph(
+        nodes,
+        "products",
+        [onnx.helper.make_tensor_value_info("x", kind, ["rows", "inner"])],
+        [onnx.helper.make_tensor_value_info(f"y_{name}", kind, None) for name in weights],
+        [
+            onnx.numpy_helper.from_array(pack(array) if ours else array, name)
+            for name, array in weights.items()
+        ],
+    )
+    opsets = [onnx.helper.make_opsetid("", 18), onnx.helper.make_opsetid(DOMAIN, 1)]
+    model = onnx.helper.make_model(
+        graph, functions=[spec.function(18)], opset_imports=opsets, ir_version=8
+    )
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    if library is not None:
+        options.register_custom_ops_library(str(library))
+    return ort.InferenceSession(model.SerializeToString(), options)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", default="1,2,4,16,128,512")
+    parser.add_argument("--shapes", default="768x768,768x3072,3072x768,2048x2048,4096x4096")
+    parser.add_argument("--types", default="f32,f16")
+    parser.add_argument("--seconds", type=float, default=3.0)
+    chosen = parser.parse_args()
+    flops, bandwidth = limits()
+    print(f"{flops / 1e9:.0f} GFLOP/s in registers, {bandwidth / 1e9:.1f} GB/s read from memory\n")
+    print("| type | rows | K x N | ours us | onnxruntime us | ratio | of peak | of bandwidth |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    with tempfile.TemporaryDirectory() as scratch:
+        library = Path(scratch, "linear.so")
+        build_library([Linear(), Linear(dtype="f16")], Target.host(), library)
+        for dtype in chosen.types.split(","):
+            for shape in chosen.shapes.split(","):
+                inner, columns = (int(size) for size in shape.split("x"))
+                for rows in (int(count) for count in chosen.rows.split(",")):
+                    print(_line(dtype, rows, inner, columns, library, flops, bandwidth, chosen))
+
+
+def _line(
+    dtype: str,
+    rows: int,
+    inner: int,
+    columns: int,
+    library: Path,
+    flops: float,
+    bandwidth: float,
+    chosen: argparse.Namespace,
+) -> str:
+    kind = DTYPES[dtype].numpy  # type: ignore[index]
+    size = inner * columns * kind.itemsize
+    random = np.random.default_rng(0)
+    count = max(2, WEIGHTS // size)
+    weights = {
+        f"w{index}": random.standard_normal((inner, columns), np.float32).astype(kind)
+        for index in range(count)
+    }
+    x = random.standard_normal((rows, inner), np.float32).astype(kind)
+    sides = {}
+    for name, held in (("ours", library), ("onnxruntime", None)):
+        running = session(weights, held)
+        binding = running.io_binding()
+        binding.bind_cpu_input("x", x)
+        for output in running.get_outputs():
+            binding.bind_output(output.name)
+        sides[name] = lambda running=running, binding=binding: running.run_with_iobinding(binding)
+    times = {name: float(np.median(taken)) / count for name, taken in
+             measure(sides, chosen.seconds).items()}  # fmt: skip
+    ours, theirs = times["ours"], times["onnxruntime"]
+    return (
+        f"| {dtype} | {rows} | {inner} x {columns} | {1e6 * ours:.0f} | {1e6 * theirs:.0f} "
+        f"| {theirs / ours:.2f} | {2 * rows * inner * columns / ours / flops:.2f} "
+        f"| {size / ours / bandwidth:.2f} |"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,710 @@
+"""BatchNormalization beside a linear map: where it folds, where it must not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import ml_dtypes
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import fusenorm
+from fusenorm.passes.canonicalize import Canonicalize
+from fusenorm.passes.fold_batch_norm import FoldBatchNorm
+from tests.graphs import fused, fused_ops, model, reasons, rows, run, same
+
+C = 6
+NORM = "BatchNormalization<epsilon = 0.01>("
+
+
+def _parameters(channels: int = C, seed: int = 5) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return {
+        "scale": rng.normal(1, 0.5, channels).astype(np.float32),
+        "shift": rng.normal(0, 1, channels).astype(np.float32),
+        "mean": rng.normal(0.5, 1, channels).astype(np.float32),
+        "var": rng.uniform(0.05, 3, channels).astype(np.float32),
+    }
+
+
+def _model(
+    body: str,
+    inputs: str,
+    outputs: str,
+    constants: Mapping[str, np.ndarray],
+    *,
+    opset: int = 18,
+    channels: int = C,
+) -> onnx.ModelProto:
+    return model(
+        body.replace("BN(", NORM).replace("|)", ", scale, shift, mean, var)"),
+        inputs,
+        outputs,
+        opset=opset,
+        constants={**_parameters(channels), **constants},
+    )
+
+
+def _operators(proto: onnx.ModelProto) -> list[str]:
+    return [node.op_type for node in proto.graph.node]
+
+
+W = rows(8, C, seed=1)
+BIAS = {"c": rows(C, seed=2)}
+IMAGE = ("float[n,4,h,w] x", "float[n,6,i,j] y", {"x": rows(2, 4, 9, 8)})
+ROWS = ("float[n,8] x", "float[n,6] y", {"x": rows(3, 8)})
+SEQUENCE = ("float[n,s,8] x", {"x": rows(2, 5, 8)})
+
+BEHIND = {
+    "MatMul": (*ROWS, "h = MatMul(x, w)\ny = BN(h|)", {"w": W}, ["MatMul", "Add"]),
+    "MatMul, Add": (
+        *ROWS,
+        "h = MatMul(x, w)\na = Add(c, h)\ny = BN(a|)",
+        {"w": W, **BIAS},
+        ["MatMul", "Add"],
+    ),
+    "MatMul, scalar Add": (
+        *ROWS,
+        "h = MatMul(x, w)\na = Add(h, c)\ny = BN(a|)",
+        {"w": W, "c": np.float32(0.3)},
+        ["MatMul", "Add"],
+    ),
+    "MatMul of a Transpose": (
+        *ROWS,
+        "t = Transpose(w)\nh = MatMul(x, t)\ny = BN(h|)",
+        {"w": np.ascontiguousarray(W.T)},
+        ["MatMul", "Add"],
+    ),
+    "Gemm": (*ROWS, "h = Gemm(x, w)\ny = BN(h|)", {"w": W}, ["Gemm"]),
+    "Gemm with all": (
+        "float[8,n] x",
+        "float[n,6] y",
+        {"x": rows(8, 3)},
+        "h = Gemm<alpha = 0.5, beta = 2.0, transA = 1, transB = 1>(x, w, c)\ny = BN(h|)",
+        {"w": np.ascontiguousarray(W.T), **BIAS},
+        ["Gemm"],
+    ),
+    "Gemm with a scalar bias": (
+        *ROWS,
+        "h = Gemm(x, w, c)\ny = BN(h|)",
+        {"w": W, "c": np.float32([[0.4]])},
+        ["Gemm"],
+    ),
+    "Conv": (
+        *IMAGE,
+        "h = Conv<pads = [1, 1, 1, 1], strides = [2, 1]>(x, w)\ny = BN(h|)",
+        {"w": rows(C, 4, 3, 3)},
+        ["Conv"],
+    ),
+    "Conv with bias": (
+        *IMAGE,
+        "h = Conv(x, w, c)\ny = BN(h|)",
+        {"w": rows(C, 4, 3, 2), **BIAS},
+        ["Conv"],
+    ),
+    "Conv in groups": (
+        *IMAGE,
+        "h = Conv<group = 2, dilations = [2, 1]>(x, w, c)\ny = BN(h|)",
+        {"w": rows(C, 2, 3, 3), **BIAS},
+        ["Conv"],
+    ),
+    "Conv, padded to the same size": (
+        *IMAGE,
+        'h = Conv<auto_pad = "SAME_UPPER">(x, w, c)\ny = BN(h|)',
+        {"w": rows(C, 4, 3, 3), **BIAS},
+        ["Conv"],
+    ),
+    "Conv over time": (
+        "float[n,4,t] x",
+        "float[n,6,u] y",
+        {"x": rows(2, 4, 9)},
+        "h = Conv(x, w, c)\ny = BN(h|)",
+        {"w": rows(C, 4, 5), **BIAS},
+        ["Conv"],
+    ),
+    "ConvTranspose": (
+        *IMAGE,
+        "h = ConvTranspose<strides = [2, 2], pads = [1, 1, 1, 1], output_padding = [1, 0]>(x, w)\n"
+        "y = BN(h|)",
+        {"w": rows(4, C, 3, 3)},
+        ["ConvTranspose"],
+    ),
+    "MatMul, Transpose": (
+        "float[n,s,8] x",
+        "float[n,6,s] y",
+        {"x": rows(2, 5, 8)},
+        "h = MatMul(x, w)\nt = Transpose<perm = [0, 2, 1]>(h)\ny = BN(t|)",
+        {"w": W},
+        ["MatMul", "Add", "Transpose"],
+    ),
+    "MatMul, Transpose of four axes": (
+        "float[n,i,j,8] x",
+        "float[n,6,i,j] y",
+        {"x": rows(2, 3, 4, 8)},
+        "h = MatMul(x, w)\nt = Transpose<perm = [0, 3, 1, 2]>(h)\ny = BN(t|)",
+        {"w": W},
+        ["MatMul", "Add", "Transpose"],
+    ),
+    "MatMul, two Transposes": (
+        "float[n,i,j,8] x",
+        "float[n,6,i,j] y",
+        {"x": rows(2, 3, 4, 8)},
+        "h = MatMul(x, w)\nt = Transpose<perm = [0, 1, 3, 2]>(h)\n"
+        "u = Transpose<perm = [0, 2, 1, 3]>(t)\ny = BN(u|)",
+        {"w": W},
+        ["MatMul", "Add", "Transpose", "Transpose"],
+    ),
+    "Gemm, Add": (
+        *ROWS,
+        "h = Gemm<beta = 2.0>(x, w, d)\na = Add(h, c)\ny = BN(a|)",
+        {"w": W, "d": rows(C, seed=4), **BIAS},
+        ["Gemm"],
+    ),
+    "MatMul, Add, Reshape": (
+        "float[n,s,8] x",
+        "float[m,6] y",
+        {"x": rows(2, 5, 8)},
+        "h = MatMul(x, w)\na = Add(h, c)\nr = Reshape(a, flat)\ny = BN(r|)",
+        {"w": W, "flat": np.array([-1, C]), **BIAS},
+        ["MatMul", "Add", "Reshape"],
+    ),
+}
+
+V = rows(C, 5, seed=3)
+BEFORE = {
+    "MatMul": (
+        "float[n,6] x",
+        "float[n,5] y",
+        {"x": rows(3, C)},
+        "h = BN(x|)\ny = MatMul(h, w)",
+        {"w": V},
+        ["MatMul", "Add"],
+    ),
+    "MatMul, Add": (
+        "float[n,6] x",
+        "float[n,5] y",
+        {"x": rows(3, C)},
+        "h = BN(x|)\nm = MatMul(h, w)\ny = Add(m, c)",
+        {"w": V, "c": rows(1, 5)},
+        ["MatMul", "Add"],
+    ),
+    "Gemm": (
+        "float[n,6] x",
+        "float[n,5] y",
+        {"x": rows(3, C)},
+        "h = BN(x|)\ny = Gemm<alpha = 0.5, beta = 3.0, transB = 1>(h, w, c)",
+        {"w": np.ascontiguousarray(V.T), "c": rows(5)},
+        ["Gemm"],
+    ),
+    "Transpose, MatMul": (
+        "float[n,6,s] x",
+        "float[n,s,5] y",
+        {"x": rows(2, C, 4)},
+        "h = BN(x|)\nt = Transpose<perm = [0, 2, 1]>(h)\ny = MatMul(t, w)",
+        {"w": V},
+        ["Transpose", "MatMul", "Add"],
+    ),
+    "Transpose of four axes, MatMul": (
+        "float[n,6,i,j] x",
+        "float[n,i,j,5] y",
+        {"x": rows(2, C, 4, 3)},
+        "h = BN(x|)\nt = Transpose<perm = [0, 2, 3, 1]>(h)\ny = MatMul(t, w)",
+        {"w": V},
+        ["Transpose", "MatMul", "Add"],
+    ),
+    "Conv": (
+        "float[n,6,h,w] x",
+        "float[n,4,i,j] y",
+        {"x": rows(2, C, 7, 6)},
+        "h = BN(x|)\ny = Conv<strides = [2, 1]>(h, w, c)",
+        {"w": rows(4, C, 3, 2), "c": rows(4)},
+        ["Conv"],
+    ),
+    "Conv in groups": (
+        "float[n,6,h,w] x",
+        "float[n,4,i,j] y",
+        {"x": rows(2, C, 7, 6)},
+        'h = BN(x|)\ny = Conv<group = 2, auto_pad = "VALID">(h, w)',
+        {"w": rows(4, 3, 3, 2)},
+        ["Conv"],
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("inputs", "outputs", "feeds", "body", "constants", "left"),
+    [*BEHIND.values(), *BEFORE.values()],
+    ids=[*(f"behind {name}" for name in BEHIND), *(f"before {name}" for name in BEFORE)],
+)
+def test_folds(
+    inputs: str,
+    outputs: str,
+    feeds: Mapping[str, np.ndarray],
+    body: str,
+    constants: Mapping[str, np.ndarray],
+    left: Sequence[str],
+) -> None:
+    proto = _model(body, inputs, outputs, constants)
+    report = same(proto, feeds)
+    assert [(site.op, site.status) for site in report.sites] == [("BatchNorm", "fused")]
+    after, _ = fused(proto)
+    assert _operators(after) == left
+    read = {name for node in after.graph.node for name in node.input}
+    assert {tensor.name for tensor in after.graph.initializer} <= read
+
+
+PLAIN = "h = MatMul(x, w)\ny = BN(h|)"
+COMMON = {"w": W, **BIAS}
+MANY = "float[n,8] x", "float[n,6] y, float[n,6] {}"
+REFUSED = {
+    "read twice": (PLAIN + "\nz = Relu(h)", "float[n,8] x", "float[n,6] y, float[n,6] z", "shared"),
+    "an output": (PLAIN, "float[n,8] x", "float[n,6] y, float[n,6] h", "shared"),
+    "the sum read twice": (
+        "m = MatMul(x, w)\nh = Add(m, c)\ny = BN(h|)\nz = Relu(h)",
+        "float[n,8] x",
+        "float[n,6] y, float[n,6] z",
+        "shared",
+    ),
+    "the product an output": (
+        "h = MatMul(x, w)\na = Add(h, c)\ny = BN(a|)",
+        "float[n,8] x",
+        "float[n,6] y, float[n,6] h",
+        "no_linear",
+    ),
+    "another axis": (
+        "h = MatMul(x, w)\ny = BN(h|)",
+        "float[n,6,8] x",
+        "float[n,6,6] y",
+        "axis",
+    ),
+    "a transpose of other axes": (
+        "h = MatMul(x, w)\nt = Transpose<perm = [1, 0, 2]>(h)\ny = BN(t|)",
+        "float[6,n,8] x",
+        "float[n,6,6] y",
+        "axis",
+    ),
+    "the rows of a Gemm": (
+        "h = Gemm(x, w)\nt = Transpose(h)\ny = BN(t|)",
+        "float[6,8] x",
+        "float[6,6] y",
+        "axis",
+    ),
+    "the time of a convolution": (
+        "h = Conv(x, k1)\nt = Transpose<perm = [0, 2, 1]>(h)\ny = BN(t|)",
+        "float[n,6,6] x",
+        "float[n,6,6] y",
+        "axis",
+    ),
+    "a reshape that splits the channels": (
+        "h = MatMul(x, w12)\nr = Reshape(h, flat)\ny = BN(r|)",
+        "float[n,8] x",
+        "float[p,6] y",
+        "no_linear",
+    ),
+    "one channel made many": (
+        "h = MatMul(x, w1)\na = Add(h, c)\ny = BN(a|)",
+        "float[n,8] x",
+        "float[n,6] y",
+        "channels",
+    ),
+    "a bias of more axes than a Gemm may have": (
+        "h = Gemm(x, w)\na = Add(h, c3)\nt = Transpose<perm = [0, 2, 1]>(a)\ny = BN(t|)",
+        "float[n,8] x",
+        "float[1,6,n] y",
+        "bias_shape",
+    ),
+    "the rows of a Gemm with more axes": (
+        "h = Gemm(x, w)\na = Add(h, c3)\ny = BN(a|)",
+        "float[6,8] x",
+        "float[1,6,6] y",
+        "axis",
+    ),
+    "a reshape of other rows": (
+        "h = MatMul(x, w)\nr = Reshape(h, shape)\ny = BN(r|)",
+        "float[n,8] x",
+        "float[n,6,1] y",
+        "no_linear",
+    ),
+    "weights at run time": (
+        "v = Neg(u)\nh = MatMul(x, v)\ny = BN(h|)",
+        "float[n,8] x, float[8,6] u",
+        "float[n,6] y",
+        "not_constant",
+    ),
+    "statistics at run time": (
+        "v = Abs(u)\nh = MatMul(x, w)\ny = BatchNormalization(h, scale, shift, mean, v)",
+        "float[n,8] x, float[6] u",
+        "float[n,6] y",
+        "not_constant",
+    ),
+    "a bias at run time": (
+        "h = Gemm(x, w, u)\ny = BN(h|)",
+        "float[n,8] x, float[6] u",
+        "float[n,6] y",
+        "not_constant",
+    ),
+    "a bias of many rows": (
+        "h = MatMul(x, w)\na = Add(h, many)\ny = BN(a|)",
+        "float[3,8] x",
+        "float[3,6] y",
+        "bias_shape",
+    ),
+    "an activation between": (
+        "h = MatMul(x, w)\na = Relu(h)\ny = BN(a|)",
+        "float[n,8] x",
+        "float[n,6] y",
+        "no_linear",
+    ),
+    "nothing linear at all": ("y = BN(x|)", "float[n,6] x", "float[n,6] y", "no_linear"),
+    "padding behind it": (
+        "h = BN(x|)\ny = Conv<pads = [0, 1, 0, 0]>(h, k)",
+        "float[n,6,9,9] x",
+        "float[n,4,i,j] y",
+        "padding",
+    ),
+    "padding to the same size": (
+        'h = BN(x|)\ny = Conv<auto_pad = "SAME_LOWER">(h, k)',
+        "float[n,6,9,9] x",
+        "float[n,4,i,j] y",
+        "padding",
+    ),
+    "a transposed convolution behind it": (
+        "h = BN(x|)\ny = ConvTranspose(h, kt)",
+        "float[n,6,9,9] x",
+        "float[n,4,i,j] y",
+        "padding",
+    ),
+    "a transposed convolution in groups": (
+        "h = ConvTranspose<group = 2>(x, kg)\ny = BN(h|)",
+        "float[n,4,9,9] x",
+        "float[n,6,i,j] y",
+        "groups",
+    ),
+    "rows contracted": (
+        "h = BN(x|)\ny = Gemm<transA = 1>(h, w5)",
+        "float[3,6] x",
+        "float[6,5] y",
+        "axis",
+    ),
+    "the weight itself": (
+        "h = BN(x|)\ny = MatMul(a, h)",
+        "float[n,6] x, float[m,n] a",
+        "float[m,6] y",
+        "axis",
+    ),
+    "captured by a branch": (
+        "h = MatMul(x, w)\ny = BN(h|)\nz = If (flag) <"
+        "then_branch = yes () => (float[n,6] p) { p = Relu(h) },"
+        "else_branch = no () => (float[n,6] q) { q = Neg(x6) }>",
+        "float[n,8] x, bool flag, float[n,6] x6",
+        "float[n,6] y, float[n,6] z",
+        "shared",
+    ),
+    "from outside a branch": (
+        "h = MatMul(x, w)\ny = If (flag) <"
+        "then_branch = yes () => (float[n,6] p) { p = BN(h|) },"
+        "else_branch = no () => (float[n,6] q) { q = Neg(x6) }>",
+        "float[n,8] x, bool flag, float[n,6] x6",
+        "float[n,6] y",
+        "shared",
+    ),
+    "a branch's output": (
+        "y, z = If (flag) <"
+        "then_branch = yes () => (float[n,6] p, float[n,6] h)"
+        " { h = MatMul(x, w)\np = BN(h|) },"
+        "else_branch = no () => (float[n,6] q, float[n,6] r) { q = Neg(x6)\nr = Neg(q) }>",
+        "float[n,8] x, bool flag, float[n,6] x6",
+        "float[n,6] y, float[n,6] z",
+        "shared",
+    ),
+}
+POOL = {
+    **COMMON,
+    "k": rows(4, C, 3, 3),
+    "kt": rows(C, 4, 3, 3),
+    "kg": rows(4, 3, 3, 3),
+    "w5": rows(3, 5),
+    "many": rows(3, C),
+    "shape": np.array([-1, C, 1]),
+    "flat": np.array([-1, C]),
+    "k1": rows(C, C, 1),
+    "w12": rows(8, 2 * C),
+    "w1": rows(8, 1),
+    "c3": rows(1, 1, C),
+}
+SIZES = {"n": 4, "m": 3, "s": 5}
+
+
+def _used(body: str) -> dict[str, np.ndarray]:
+    words = set(body.replace("(", " ").replace(")", " ").replace(",", " ").split())
+    return {name: array for name, array in POOL.items() if name in words}
+
+
+def _feeds(proto: onnx.ModelProto) -> dict[str, np.ndarray]:
+    feeds = {}
+    for seed, info in enumerate(proto.graph.input):
+        tensor = info.type.tensor_type
+        shape = [dim.dim_value or SIZES[dim.dim_param] for dim in tensor.shape.dim]
+        is_flag = tensor.elem_type == onnx.TensorProto.BOOL
+        feeds[info.name] = np.array(True) if is_flag else rows(*shape, seed=seed)
+    return feeds
+
+
+@pytest.mark.parametrize(
+    ("body", "inputs", "outputs", "reason"), REFUSED.values(), ids=REFUSED.keys()
+)
+def test_refused(body: str, inputs: str, outputs: str, reason: str) -> None:
+    proto = _model(body, inputs, outputs, _used(body))
+    report = same(proto, _feeds(proto), bound=0.0)
+    sites = [site for site in report.sites if site.op == "BatchNorm"]
+    assert [(site.status, site.reason) for site in sites] == [("refused", reason)]
+
+
+def test_statistics_of_its_own_input() -> None:
+    body = PLAIN.replace("<epsilon", "<training_mode = 1, epsilon").replace("y =", "y, a, b =")
+    body = body.replace("BN(", NORM.replace("<", "<training_mode = 1, "))
+    proto = _model(body, "float[n,8] x", "float[n,6] y, float[6] a, float[6] b", {"w": W})
+    assert reasons(fusenorm.explain(proto)) == {"training_mode"}
+
+
+def test_statistics_returned_are_computed() -> None:
+    """Before opset 14 the further outputs alone said so."""
+    body = PLAIN.replace("y =", "y, a, b, d, e =")
+    outputs = ", ".join(["float[n,6] y", *(f"float[6] {name}" for name in "abde")])
+    proto = _model(body, "float[n,8] x", outputs, {"w": W}, opset=13)
+    assert reasons(fusenorm.explain(proto)) == {"training_mode"}
+
+
+def test_an_opset_in_which_it_means_something_else() -> None:
+    proto = _model(PLAIN, *ROWS[:2], {"w": W}, opset=18)
+    proto.opset_import[0].version = 8
+    assert reasons(fusenorm.explain(proto)) == {"opset"}
+
+
+@pytest.mark.parametrize("opset", [9, 13, 14, 15, 23])
+def test_the_default_epsilon(opset: int) -> None:
+    body = "h = MatMul(x, w)\ny = BatchNormalization(h, scale, shift, mean, var)"
+    constants = {"w": W, "var": np.full(C, 1e-6, np.float32)}
+    proto = _model(body, *ROWS[:2], constants, opset=opset)
+    report = same(proto, ROWS[2])
+    assert fused_ops(report) == ["BatchNorm"]
+
+
+def test_a_shared_weight_is_cloned() -> None:
+    body = "h = MatMul(x, w)\ny = BN(h|)\nu = Neg(x)\nz = MatMul(u, w)"
+    proto = _model(body, "float[n,8] x", "float[n,6] y, float[n,6] z", {"w": W})
+    assert fused_ops(same(proto, ROWS[2])) == ["BatchNorm"]
+    after, _ = fused(proto)
+    (kept,) = (tensor for tensor in after.graph.initializer if tensor.name == "w")
+    np.testing.assert_array_equal(onnx.numpy_helper.to_array(kept), W)
+
+
+def test_two_maps_of_one_weight_and_two_norms_of_one_map() -> None:
+    body = """
+      h = MatMul(x, w)
+      y = BN(h|)
+      g = MatMul(u, w)
+      a = BN(g|)
+      b = BN(a|)
+      z = MatMul(b, v)
+    """
+    proto = _model(
+        body,
+        "float[n,8] x, float[n,8] u",
+        "float[n,6] y, float[n,5] z",
+        {"w": W, "v": V},
+    )
+    report = same(proto, {"x": rows(3, 8), "u": rows(3, 8, seed=1)})
+    assert fused_ops(report) == ["BatchNorm"] * 3
+    after, _ = fused(proto)
+    assert sorted(_operators(after)) == ["Add", "Add", "MatMul", "MatMul", "MatMul"]
+
+
+def test_before_a_map_another_fold_uncovers() -> None:
+    body = "a = BN(x|)\nb = BN(a|)\ny = MatMul(b, v)"
+    proto = _model(body, "float[n,6] x", "float[n,5] y", {"v": V})
+    assert fused_ops(same(proto, {"x": rows(3, C)})) == ["BatchNorm"] * 2
+
+
+def test_both_sides_of_a_convolution() -> None:
+    body = "a = BN(x|)\nh = Conv(a, k)\ny = BN(h|)"
+    proto = _model(body, "float[n,6,9,9] x", "float[n,6,7,7] y", {"k": rows(C, C, 3, 3)})
+    report = same(proto, {"x": rows(2, C, 9, 9)})
+    assert fused_ops(report) == ["BatchNorm"] * 2
+    after, _ = fused(proto)
+    assert _operators(after) == ["Conv"]
+    assert {site.attributes["kind"] for site in report.sites} == {"Conv"}
+    assert len({site.nodes for site in report.sites}) == 2
+
+
+def test_inside_a_loop() -> None:
+    body = """
+      y = Loop (count, , x) <body = step (int64 i, bool go, float[n,6] h0)
+        => (bool g, float[n,6] h1) { g = Identity(go)
+          m = MatMul(h0, square)
+          h1 = BN(m|) }
+      >
+    """
+    proto = _model(body, "int64 count, float[n,6] x", "float[n,6] y", {"square": rows(C, C) / C})
+    report = same(proto, {"count": np.array(3), "x": rows(2, C)})
+    assert fused_ops(report) == ["BatchNorm"]
+
+
+@pytest.mark.parametrize("dtype", ["f16", "bf16"])
+def test_16_bits_are_opt_in(dtype: str) -> None:
+    name, kind = {
+        "f16": ("float16", np.dtype(np.float16)),
+        "bf16": ("bfloat16", np.dtype(ml_dtypes.bfloat16)),
+    }[dtype]
+    constants = {key: array.astype(kind) for key, array in {**_parameters(), "w": W}.items()}
+    proto = _model(PLAIN, f"{name}[n,8] x", f"{name}[n,6] y", constants)
+    assert reasons(fusenorm.explain(proto)) == {"types"}
+    options = fusenorm.Options(fold_batch_norm=(dtype,))  # type: ignore[arg-type]
+    result = fusenorm.optimize(proto, options=options)
+    assert fused_ops(result.report) == ["BatchNorm"]
+    arrays = [value.const_value.numpy() for value in result.model.graph.initializers.values()]
+    scale = constants["scale"].astype(np.float64) / np.sqrt(
+        constants["var"].astype(np.float64) + np.float32(0.01)
+    )
+    wanted = (constants["w"].astype(np.float64) * scale).astype(kind)  # rounded once
+    assert any(array.shape == W.shape and (array == wanted).all() for array in arrays)
+
+
+def test_f16_weights_that_would_overflow() -> None:
+    constants = {key: array.astype(np.float16) for key, array in _parameters().items()}
+    constants |= {"w": np.full((8, C), 3e4, np.float16), "scale": np.full(C, 9, np.float16)}
+    proto = _model(PLAIN, "float16[n,8] x", "float16[n,6] y", constants)
+    result = fusenorm.optimize(proto, options=fusenorm.Options(fold_batch_norm=("f16",)))
+    assert reasons(result.report) == {"not_finite"}
+
+
+def test_switched_off_and_bisected() -> None:
+    body = "h = MatMul(x, w)\ng = BN(h|)\ny = Sigmoid(g)"
+    proto = _model(body, *ROWS[:2], {"w": W})
+    for options in (fusenorm.Options(fold_batch_norm=()), fusenorm.Options(limit=0)):
+        result = fusenorm.optimize(proto, options=options)
+        assert fused_ops(result.report) == []
+        assert "BatchNormalization" in [node.op_type for node in result.model.graph]
+    assert fused_ops(fusenorm.optimize(proto).report) == ["BatchNorm"]
+    twice = _model(
+        "a = BN(x|)\nb = BN(a|)\ny = MatMul(b, v)", "float[n,6] x", "float[n,5] y", {"v": V}
+    )
+    assert fused_ops(fusenorm.optimize(twice, options=fusenorm.Options(limit=1)).report) == [
+        "BatchNorm"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("body", "shape", "weight"),
+    [
+        ("t = Transpose(w)\nh = MatMul(x, t)\ny = BN(h|)", "n,8", W.T),
+        ("t = Transpose<perm = [1, 0]>(w)\nh = Gemm(x, t)\ny = BN(h|)", "n,8", W.T),
+        ("t = Transpose<perm = [0, 1]>(w)\nh = Gemm(x, t)\ny = BN(h|)", "n,8", W),
+        (
+            "t = Transpose<perm = [1, 2, 0]>(w)\nh = Conv(x, t)\ny = BN(h|)",
+            "n,4,9",
+            rows(3, C, 4),
+        ),
+    ],
+)
+def test_a_weight_too_large_to_transpose_before(body: str, shape: str, weight: np.ndarray) -> None:
+    """Constant folding leaves such a Transpose; so does the pass alone."""
+    outputs = "float[n,6] y" if shape == "n,8" else "float[n,6,t] y"
+    proto = _model(body, f"float[{shape}] x", outputs, {"w": np.ascontiguousarray(weight)})
+    work = ir.from_proto(onnx.shape_inference.infer_shapes(proto))
+    assert FoldBatchNorm()(work).modified
+    feeds = {"x": rows(*(int(size.replace("n", "2")) for size in shape.split(",")))}
+    (a,), (b,) = run(proto, feeds), run(ir.to_proto(work), feeds)
+    np.testing.assert_allclose(b, a, rtol=0, atol=4e-6 * np.abs(a).max())
+
+
+def test_the_report_and_a_second_run() -> None:
+    proto = _model(PLAIN, *ROWS[:2], {"w": W})
+    proto.graph.node[0].name, proto.graph.node[1].name = "dense", "norm"
+    once = fusenorm.optimize(proto)
+    (site,) = once.report.sites
+    assert (site.op, site.nodes, site.output) == ("BatchNorm", ("norm",), "y")
+    assert site.attributes == {"kind": "MatMul", "rule": "batch_norm"}
+    assert once.report.counts == {"BatchNorm": 1}
+    assert once.report.checks["rewrites_validated"] == 1
+    assert once.model.graph[0].metadata_props["fusenorm.source"] == "dense\nnorm"
+    twice = fusenorm.optimize(once.model)
+    assert twice.report.sites == once.report.sites
+    assert not any(record.changed for record in twice.report.passes)
+
+
+def test_a_wrong_fold_is_rolled_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The check sees a wrong weight, a wrong bias and a wrong axis, and nothing is changed."""
+    from fusenorm.passes import fold_batch_norm
+
+    proto = _model(PLAIN, "float[n,6] x", "float[n,6] y", {"w": rows(C, C)})
+    real = fold_batch_norm._read
+
+    def wrong(change: str) -> None:
+        def read(norm: ir.Node, opset: int) -> object:
+            scale, offset = real(norm, opset)
+            return (scale * 1.001, offset) if change == "weight" else (scale, offset + 0.01)
+
+        monkeypatch.setattr(fold_batch_norm, "_read", read)
+
+    for change in ("weight", "bias"):
+        wrong(change)
+        assert reasons(same(proto, {"x": rows(3, C)}, bound=0.0)) == {"check_failed"}
+    monkeypatch.setattr(fold_batch_norm, "_read", real)
+    grouped = fold_batch_norm._grouped
+    monkeypatch.setattr(
+        fold_batch_norm, "_grouped", lambda node, w: grouped(node, w).swapaxes(1, 2)
+    )
+    report = same(proto, {"x": rows(3, C)}, bound=0.0)
+    assert reasons(report) == {"check_failed"}
+    assert report.checks["rolled_back"] == ["y"]
+
+
+def test_the_pass_alone() -> None:
+    work = Canonicalize()(ir.from_proto(_model(PLAIN, *ROWS[:2], {"w": W}))).model
+    assert FoldBatchNorm()(work).modified
+    assert not FoldBatchNorm()(work).modified
+
+
+def test_names_never_meet() -> None:
+    """The names the pass makes up may be taken, here or in a branch."""
+    body = """
+      h = MatMul(x, w)
+      y = BN(h|)
+      z = If (flag) <
+        then_branch = yes () => (float[n,8] p) { h_unbiased = Neg(x)\np = Relu(h_unbiased) },
+        else_branch = no () => (float[n,8] q) { q = Mul(x, h_folded_weight) }
+      >
+    """
+    constants = {"w": W, "h_folded_weight": rows(8)}
+    proto = _model(body, "float[n,8] x, bool flag", "float[n,6] y, float[n,8] z", constants)
+    for flag in (True, False):
+        report = same(proto, {"x": rows(4, 8), "flag": np.array(flag)})
+        assert fused_ops(report) == ["BatchNorm"]
+
+
+@given(data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_random_chains(data: st.DataObject) -> None:
+    """Linear maps, BatchNormalizations and what may stand between: outputs never change."""
+    rank = data.draw(st.sampled_from([2, 3]))
+    lines, value = [], "x"
+    for index in range(data.draw(st.integers(1, 6))):
+        kinds = ["MatMul(@, square)", "Add(@, c)", "BN(@|)", "Relu(@)"]
+        kinds += ["Gemm<beta = 0.5>(@, square, c)"] if rank == 2 else ["Conv(@, thin, c)"]
+        kinds += ["Transpose<perm = [0, 2, 1]>(@)"] if rank == 3 else []
+        kind = data.draw(st.sampled_from(kinds))
+        lines.append(f"v{index} = {kind.replace('@', value)}")
+        value = data.draw(st.sampled_from([f"v{index}"] * 5 + [value]))
+    lines.append(f"y = Identity(v{len(lines) - 1})")
+    body = "\n".join(lines)
+    pool = {"square": rows(C, C) / 3, "thin": rows(C, C, 1) / 3, "c": rows(C)}
+    shape = "2,6" if rank == 2 else "2,6,6"  # square, so that a wrong axis still runs
+    constants = {key: array for key, array in pool.items() if key in body}
+    proto = _model(body, f"float[{shape}] x", f"float[{shape}] y", constants)
+    report = same(proto, {"x": rows(*map(int, shape.split(",")))}, bound=2e-5)
+    assert "check_failed" not in reasons(report)

@@ -71,6 +71,19 @@ class _Chain:
         return self.nodes[-1].outputs[0]
 
 
+@dataclasses.dataclass(frozen=True)
+class _Written:
+    """What stands for a chain.
+
+    Attributes:
+        nodes: in graph order.
+        heirs: for each result in the chain one of these nodes' (or x) of the same shape.
+    """
+
+    nodes: list[ir.Node]
+    heirs: dict[ir.Value, ir.Value]
+
+
 class FoldBatchNorm(ir.passes.InPlacePass):
     """Inference BatchNormalizations go into the weights of the linear maps beside them.
 
@@ -87,7 +100,8 @@ class FoldBatchNorm(ir.passes.InPlacePass):
     sides on random rows in f64.
 
     ## Refuses
-    `no_linear`: no linear map beside it. `shared`: something else reads the value between them.
+    `no_linear`: no linear map beside it. `shared`: something else reads the value between them,
+    and more than its shape.
     `axis`: the channels are not the ones the map contracts or computes. `padding`: the map pads
     with zeros, which the BatchNormalization would have moved. `bias_shape`: the bias is more than
     one row. `groups`: of a ConvTranspose. `training_mode`, `not_constant`, `channels`,
@@ -133,17 +147,17 @@ class FoldBatchNorm(ir.passes.InPlacePass):
         if isinstance(outcome, Refusal):
             node.meta[MISS_KEY] = (OP, Miss((node,), outcome))
             return False
-        chain, nodes, constants = outcome
+        chain, written, constants = outcome
         for value in constants:
             graph.register_initializer(value)
-        _replace(graph, chain, nodes)
+        _replace(graph, chain, written)
         self.budget[0] -= 1
         return True
 
     def _folded(
         self, norm: ir.Node, opset: int, taken: set[str | None]
-    ) -> tuple[_Chain, list[ir.Node], list[ir.Value]] | Refusal:
-        """The chain of `norm`, the nodes to stand for it, and the constants these read."""
+    ) -> tuple[_Chain, _Written, list[ir.Value]] | Refusal:
+        """The chain of `norm`, what is to stand for it, and the constants that reads."""
         affine = _read(norm, opset)
         if isinstance(affine, Refusal):
             return affine
@@ -161,11 +175,11 @@ class FoldBatchNorm(ir.passes.InPlacePass):
             for part, array in zip(("weight", "bias"), arrays, strict=True)
             for name in (_fresh(f"{stem}_folded_{part}", taken),)
         )
-        nodes = _write(chain, weight, bias, _fresh(f"{stem}_unbiased", taken))
-        flaw = _flaw(chain, nodes, opset) if self.validate else None
+        written = _write(chain, weight, bias, _fresh(f"{stem}_unbiased", taken))
+        flaw = _flaw(chain, written.nodes, opset) if self.validate else None
         if flaw is not None:
             return Refusal("check_failed", node_name(norm), flaw)
-        return chain, nodes, [weight, bias]
+        return chain, written, [weight, bias]
 
     def _arrays(
         self, chain: _Chain, scale: np.ndarray, offset: np.ndarray
@@ -256,7 +270,8 @@ def _find(norm: ir.Node, *, behind: bool) -> _Chain | Refusal:
 
 def _neighbour(value: ir.Value, norm: ir.Node, *, behind: bool) -> ir.Node | Refusal:
     """What computes `value` (behind) or reads it, if it is a matter between two nodes only."""
-    name, uses = node_name(norm), tuple(value.uses())
+    name = node_name(norm)
+    uses = [use for use in value.uses() if use.node.op_type not in ("Shape", "Size")]
     found = [value.producer()] if behind else [use.node for use in uses]
     linear = any(node is not None and node.op_type in (*_LINEAR, "Add") for node in found)
     if len(uses) != 1 or value.is_graph_output():
@@ -418,8 +433,8 @@ def _values(graph: ir.Graph) -> Iterable[ir.Value]:
     yield from (value for node in graph for value in node.outputs)
 
 
-def _write(chain: _Chain, weight: ir.Value, bias: ir.Value, product: str) -> list[ir.Node]:
-    """The nodes that stand for a chain, in graph order; the last one's result has its name.
+def _write(chain: _Chain, weight: ir.Value, bias: ir.Value, product: str) -> _Written:
+    """What stands for a chain; the last node's result has the name of the chain's.
 
     Args:
         chain: what they stand for.
@@ -429,8 +444,10 @@ def _write(chain: _Chain, weight: ir.Value, bias: ir.Value, product: str) -> lis
     """
     linear, value = chain.linear, chain.x
     nodes: list[ir.Node] = []
+    heirs = {}
     for node in chain.nodes:
         if node in (chain.norm, chain.bias):
+            heirs[node.outputs[0]] = value
             continue
         if node is not linear:
             nodes.append(_like(node, [value, *node.inputs[1:]]))
@@ -447,6 +464,7 @@ def _write(chain: _Chain, weight: ir.Value, bias: ir.Value, product: str) -> lis
                 nodes.append(ir.node("Add", added, outputs=[total]))
                 nodes[-2].outputs[0].name = product
         value = nodes[-1].outputs[0]
+        heirs[node.outputs[0]] = value
     value.name = chain.y.name
     stamped = next(node for node in nodes if node.op_type == linear.op_type)
     known = linear.metadata_props.get(FOLDED_KEY)
@@ -461,7 +479,7 @@ def _write(chain: _Chain, weight: ir.Value, bias: ir.Value, product: str) -> lis
             FOLDED_KEY: f"{known}\n{folded}" if known else folded,
         }
     )
-    return nodes
+    return _Written(nodes, heirs)
 
 
 def _like(node: ir.Node, inputs: Sequence[ir.Value | None]) -> ir.Node:
@@ -479,12 +497,14 @@ def _like(node: ir.Node, inputs: Sequence[ir.Value | None]) -> ir.Node:
     )
 
 
-def _replace(graph: ir.Graph, chain: _Chain, nodes: Sequence[ir.Node]) -> None:
+def _replace(graph: ir.Graph, chain: _Chain, written: _Written) -> None:
     old = chain.nodes
-    graph.insert_before(old[-1], nodes)
-    chain.y.replace_all_uses_with(nodes[-1].outputs[0], replace_graph_outputs=True)
+    graph.insert_before(old[-1], written.nodes)
+    for value, heir in written.heirs.items():
+        value.replace_all_uses_with(heir, replace_graph_outputs=True)
     for node in reversed(old):
         graph.remove(node, safe=True)
+    graph.sort()  # who read a shape in the middle of the chain may stand before it now
 
 
 def _flaw(chain: _Chain, nodes: Sequence[ir.Node], opset: int) -> str | None:

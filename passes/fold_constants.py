@@ -65,7 +65,7 @@ class FoldConstants(ir.passes.InPlacePass):
         proto = ir.serde.serialize_node(node)
         feeds = dict(zip(proto.input, arrays, strict=True))
         try:
-            (result,) = evaluate([proto], feeds, proto.output, (), opset)  # type: ignore[arg-type]
+            (result,) = evaluate([proto], feeds, proto.output, (), opset)
         except EvaluationError:
             return None  # a branch never taken may hold a node that cannot run
         return result if result.size <= self.limit else None

@@ -50,7 +50,7 @@ OPTIONS = (
 )  # fmt: skip
 # A mutant may take this many seconds, and this many times what its tests take, before it counts
 # as stuck, which counts as noticed.
-PATIENCE, FACTOR = 20, 4
+PATIENCE, FACTOR = 10, 3
 # Seconds of tests a mutant meets at most; one that only later tests would notice counts as left.
 BUDGET = 30.0
 
@@ -480,7 +480,6 @@ def main() -> None:
         onnx.backend.test.case.node.collect_testcases(None)
     print(f"{'file':22} {'all':>5} {'run':>5} {'killed':>6} {'left':>5} {'score':>7}  95 %")
     everything = [0, 0]
-    survivors: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
         hunt = None if options.list else Hunt(Path(folder), options.survey)
         for file in files:
@@ -495,16 +494,15 @@ def main() -> None:
                 everything[1] += count
                 continue
             hunt.check(file, tree)
-            left = []
-            for mutant in chosen:
-                if hunt.survives(mutant, tree):
-                    left.append(mutant)
-                    print(f"    {mutant.file}:{mutant.lines[0]} {mutant.text}", flush=True)
+            left = [mutant for mutant in chosen if hunt.survives(mutant, tree)]
+            # Once more: by now it is known which tests notice most.
+            left = [mutant for mutant in left if hunt.survives(mutant, tree)]
             killed = len(chosen) - len(left)
             everything[0] += killed
             everything[1] += len(chosen)
             _row(file.name, count, killed, len(chosen))
-            survivors += [f"{m.file}:{m.lines[0]} {m.text}" for m in left]
+            for mutant in left:
+                print(f"    {mutant.file}:{mutant.lines[0]} {mutant.text}", flush=True)
     _row("total", everything[1], *everything)
 
 

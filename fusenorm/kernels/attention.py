@@ -492,16 +492,31 @@ class _Kernel:
                 factor = _SCALAR.let(T.Select(total == T.float32(0.0), one, factor))
 
             def body(at: Expr, mask: Expr) -> None:
-                value = self.lanes.let(
-                    self._load("y", start + at, mask) * self.lanes.spread(factor)
-                )
-                if self.spec.empty == "safe":
-                    zero = self.lanes.f32(0.0)
-                    known = self.lanes.spread(total) >= zero
-                    value = self.lanes.let(T.Select(known, value, zero))
-                self._store("y", start + at, mask, value)
+                value = self._load("y", start + at, mask) * self.lanes.spread(factor)
+                self._store("y", start + at, mask, self.lanes.let(value))
 
-            self._blocks(self.at["columns"], body)
+            if self.spec.empty == "safe":
+                with T.If(total >= T.float32(0.0)):
+                    with T.Then():
+                        self._blocks(self.at["columns"], body)
+                    with T.Else():
+                        self._add_nothing(start)
+            else:
+                self._blocks(self.at["columns"], body)
+
+    def _add_nothing(self, start: Expr) -> None:
+        """Make the row of y at `start` the sum of values times 0: NaN where one is not finite."""
+        # Read back from memory: TVM takes a product with a constant 0 for 0.
+        T.buffer_store(self.correction, T.float32(0.0), [0])
+
+        def body(at: Expr, mask: Expr) -> None:
+            (total,) = self._zeros(1)
+            with T.serial(self.at["keys"]) as key:
+                value = self._load("v", key * self.at["v_row"] + at, mask)
+                self._add(total, value * self.lanes.spread(self.correction[0]))
+            self._store("y", start + at, mask, T.bind(total[self._ramp(0)]))
+
+        self._blocks(self.at["columns"], body)
 
 
 _SCALAR = Lanes(1)

@@ -530,6 +530,34 @@ def test_before_a_map_another_fold_uncovers() -> None:
     assert fused_ops(same(proto, {"x": rows(3, C)})) == ["BatchNorm"] * 2
 
 
+@pytest.mark.parametrize("before", [False, True])
+def test_a_shape_read_in_between(before: bool) -> None:
+    """What `reshape_as` is exported as (LeViT): shapes do not change."""
+    body = """
+      h = MatMul(x, w)
+      size = Shape(h)
+      r = Reshape(h, flat)
+      n = BN(r|)
+      y = Reshape(n, size)
+      z = Shape(r)
+    """
+    if before:
+        body = """
+          n = BN(x|)
+          size = Shape(n)
+          y = MatMul(n, v)
+          z = Abs(size)
+        """
+    proto = _model(
+        body,
+        "float[n,6] x" if before else "float[n,s,8] x",
+        ("float[n,5] y" if before else "float[n,s,6] y") + ", int64[2] z",
+        {"v": V} if before else {"w": W, "flat": np.array([-1, C])},
+    )
+    report = same(proto, {"x": rows(3, C) if before else rows(2, 5, 8)})
+    assert fused_ops(report) == ["BatchNorm"]
+
+
 def test_both_sides_of_a_convolution() -> None:
     body = "a = BN(x|)\nh = Conv(a, k)\ny = BN(h|)"
     proto = _model(body, "float[n,6,9,9] x", "float[n,6,7,7] y", {"k": rows(C, C, 3, 3)})

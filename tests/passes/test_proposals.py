@@ -179,7 +179,8 @@ def test_an_island_nothing_leaves_is_a_norm_of_the_raised_row() -> None:
         (RMS.replace("n =", "y =").replace("(x", "(u").replace("x)", "u)").replace(
             "sq =", "u = other.Thing(x)\nsq =", 1), "float[b,3,8] x", ("type_unknown", "y")),
         (RMS + f"y = Cast<to = {F16}>(n)", "float[b,3,8] x", ("types", "y")),
-        (RMS.replace("eps", "row").replace("n =", "y ="), "float[b,3,8] x", ("not_scalar", "(graph input)")),
+        (RMS.replace("eps", "row").replace("n =", "y ="), "float[b,3,8] x",
+         ("not_scalar", "(graph input)")),
     ],
 )  # fmt: skip
 def test_refused_norms(body: str, inputs: str, refusal: tuple[str, str]) -> None:

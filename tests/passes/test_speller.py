@@ -205,6 +205,9 @@ def test_where_one_operand_is_rounded_the_others_skip_their_cast() -> None:
         product = model.graph[-1]
         assert product.op_type == "Mul"
         assert {v.dtype for v in product.inputs} == {ir.DataType.FLOAT16}  # type: ignore[union-attr]
+        x = rows(2, 3, WIDTH, dtype=np.float16)
+        scale = np.linspace(0.3, 1.7, WIDTH) * -0.7
+        np.testing.assert_allclose(value(model), -x * scale, rtol=2e-3, atol=1e-6)
         assert model.graph.outputs[0].dtype == ir.DataType.FLOAT16
 
 
@@ -271,6 +274,11 @@ def test_halves(layout: str, opset: int) -> None:
         x = rows(2, 3, 2 * WIDTH)
         a, b = (x[..., ::2], x[..., 1::2]) if layout == "interleaved" else np.split(x, 2, -1)
         np.testing.assert_array_equal(value(model), a - b)
+
+
+def test_an_island_is_the_default() -> None:
+    assert Speller([], 18, "f16", 3).island
+    assert [casts(model) for model in spelled(ISLAND, dtype="f16")] == [["FLOAT", "FLOAT16"]]
 
 
 def test_the_model_is_what_was_asked_for() -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import onnx_ir as ir
 import pytest
 
 import fusenorm
 from fusenorm.ops import DOMAIN
-from fusenorm.passes.verify_graph import GraphInvalid, verify_graph
+from fusenorm.passes.verify_graph import GraphInvalid, find_problem, verify_graph
 from tests.graphs import model
 
 
@@ -66,3 +67,78 @@ def test_a_value_of_a_branch_is_not_seen_outside() -> None:
     last.replace_input_with(0, choice.attributes["then_branch"].as_graph().outputs[0])
     with pytest.raises(GraphInvalid, match="reads then before it is defined"):
         verify_graph(work, "test")
+
+
+def _problem(graph: ir.Graph) -> str | None:
+    found = find_problem(ir.Model(graph, ir_version=10))
+    return None if found is None else f"{found.node}: {found.detail}"
+
+
+def _switch(*bodies: ir.Graph) -> ir.Graph:
+    """A graph of one node with a list of bodies."""
+    several = ir.Attr("bodies", ir.AttributeType.GRAPHS, list(bodies))
+    node = ir.Node("other", "Switch", [], [several], outputs=[ir.val("y")], name="switch")
+    return ir.Graph([], node.outputs, nodes=[node], opset_imports={"": 18, "other": 1})
+
+
+def test_bodies_in_a_list_are_graphs_too() -> None:
+    fine, lost = ir.node("Constant", [], {"value_int": 1}), ir.node("Neg", [ir.val("nowhere")])
+    bodies = [ir.Graph([], node.outputs, nodes=[node]) for node in (fine, lost)]
+    assert _problem(_switch(bodies[0].clone())) is None
+    assert "reads nowhere before it is defined" in str(_problem(_switch(*bodies)))
+
+
+def test_a_body_may_not_return_an_outer_value() -> None:
+    made = ir.node("Constant", [], {"value_int": 1}, outputs=[ir.val("outer")])
+    graph = _switch(ir.Graph([], made.outputs, nodes=[]))
+    graph.insert_before(graph[0], made)
+    assert _problem(graph) == "None: subgraph output outer is a value of the outer graph"
+
+
+def test_outputs_of_one_name() -> None:
+    x = ir.val("x")
+    node = ir.node("Split", [x], outputs=[ir.val("y"), ir.val("z")], name="split")
+    graph = ir.Graph([x], node.outputs, nodes=[node])
+    assert _problem(graph) is None
+    graph.outputs[1] = graph.outputs[0]
+    assert _problem(graph) == "None: two graph outputs have one name"
+    node.outputs[1].name = "y"
+    assert _problem(graph) == "split: y is defined twice"
+
+
+@pytest.mark.parametrize("taken", ["x", "c"])
+def test_a_name_of_an_input_or_initializer_is_taken(taken: str) -> None:
+    x, c = ir.val("x"), ir.val("c", const_value=ir.tensor([1.0], name="c"))
+    node = ir.node("Add", [x, c], outputs=[ir.val(taken)], name="sum")
+    graph = ir.Graph([x], node.outputs, nodes=[node], initializers=[c])
+    assert _problem(graph) == f"sum: {taken} is defined twice"
+
+
+@pytest.mark.parametrize("change", ["more inputs", "fewer outputs", "more attributes"])
+def test_a_fused_node_with_other_slots(change: str) -> None:
+    s = "s = Add(x, r)\ny = LayerNormalization(s, g)"
+    scale = np.ones(8, np.float32)
+    work = fusenorm.optimize(
+        model(s, "float[b,s,8] x, float[b,s,8] r", constants={"g": scale})
+    ).model
+    (node,) = work.graph
+    assert find_problem(work) is None
+    if change == "more inputs":
+        node.resize_inputs(4)
+        node.replace_input_with(3, node.inputs[2])
+    elif change == "fewer outputs":
+        node.resize_outputs(1)
+    else:
+        node.attributes["extra"] = ir.AttrInt64("extra", 1)
+    problem = find_problem(work)
+    assert problem is not None
+    assert problem.node == node.name
+    wanted = {"more inputs": "takes 3 inputs", "fewer outputs": "lists 2 outputs"}
+    assert wanted.get(change, "carries exactly ['epsilon']") in problem.detail
+
+
+def test_outputs_must_keep_their_names_and_order(swish: ir.Model) -> None:
+    verify_graph(swish, "test", ["y"])
+    for wanted in (["z"], [], ["y", "z"]):
+        with pytest.raises(GraphInvalid, match=r"outputs became \['y'\]"):
+            verify_graph(swish, "test", wanted)

@@ -206,6 +206,15 @@ def test_nan_weights_count_as_zero_only_if_safe(library: Path) -> None:
         np.testing.assert_array_equal(y[:, 1], np.float32(outcome))
 
 
+def test_weights_that_count_as_zero_keep_the_nan_of_values(library: Path) -> None:
+    feeds = operands(SPECS["safe"], heads=1, rows=3)
+    feeds["mask"] = np.zeros((1, 1, 3, 7), np.float32)
+    feeds["mask"][0, 0, 1, 2] = np.nan
+    feeds["v"][..., 4] = np.nan
+    y = run(SPECS["safe"], library, feeds)
+    check(SPECS["safe"], feeds, y)
+
+
 @pytest.mark.parametrize(
     "shape",
     [(), (7,), (5, 1), (5, 7), (2, 1, 7), (3, 1, 1, 1), (1, 2, 1, 7), (3, 2, 5, 7), (1, 1, 5, 7)],

@@ -144,8 +144,6 @@ def as_row(value: ir.Value, dims: tuple[int, ...], rank: int | None) -> ir.Value
     if number is not None and size > 1:
         array = facts.constant(value)
         assert array is not None
-        if array.ndim > (1 if rank is None else rank):
-            return None
         repeated = ir.val(
             f"{value.name}_x{size}", const_value=ir.tensor(np.full(size, array.reshape(())))
         )

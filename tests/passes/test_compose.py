@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
+import re
+
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -9,6 +13,7 @@ import onnx_ir.passes.common as common
 import pytest
 
 import fusenorm
+import fusenorm.passes
 from fusenorm.ops import DOMAIN
 from fusenorm.passes import (
     Canonicalize,
@@ -201,3 +206,23 @@ def test_transposes_around_the_sum(second: list[int], expected: str) -> None:
     )
     report = same(proto, {"x": rows(2, 8, 8, 8), "r": rows(2, 8, 8, 8, seed=1)})
     assert [site.status for site in report.sites] == [expected]
+
+
+def _pass_classes() -> list[type[ir.passes.PassBase]]:
+    found = []
+    for info in pkgutil.iter_modules(fusenorm.passes.__path__, "fusenorm.passes."):
+        module = importlib.import_module(info.name)
+        found += [
+            kind
+            for kind in vars(module).values()
+            if isinstance(kind, type)
+            and issubclass(kind, ir.passes.PassBase)
+            and kind.__module__ == info.name
+        ]
+    return found
+
+
+@pytest.mark.parametrize("kind", _pass_classes(), ids=lambda kind: kind.__name__)
+def test_a_pass_is_called_as_its_class_or_its_file(kind: type[ir.passes.PassBase]) -> None:
+    words = re.sub("(?<!^)(?=[A-Z])", "_", kind.__name__).lower()
+    assert kind.name in (words, kind.__module__.rpartition(".")[2])  # type: ignore[attr-defined]

@@ -9,7 +9,7 @@ import onnx_ir as ir
 import pytest
 
 from fusenorm.ops import DOMAIN, Gated, Norm
-from fusenorm.passes.fuse_activation import FuseGelu, FuseGeluTanh, FuseSwish
+from fusenorm.passes.fuse_activation import FuseGelu, FuseGeluTanh, FuseRelu2, FuseSwish
 from fusenorm.passes.fuse_norm import FuseLayerNorm, FuseRMSNorm, NormNode, as_row, read_norm
 from fusenorm.passes.infer_shapes import InferShapes
 from fusenorm.passes.pattern import Miss, Refusal
@@ -34,6 +34,10 @@ NUMBERS = {
     "root2_16": np.float16(np.sqrt(2)),
     "k": np.float32(1.702),
     "row": np.linspace(1, 2, 8, dtype=np.float32),
+    "width": np.float32(8),
+    "three16": np.float16(3),
+    "c3_16": np.float16(0.044715),
+    "root2pi_16": np.float16(np.sqrt(2 / np.pi)),
 }
 
 
@@ -222,6 +226,9 @@ def test_a_constant_scalar_is_repeated(array: np.ndarray) -> None:
     assert row.name == row.const_value.name == "c_x12"
     assert row.const_value.numpy().dtype == array.dtype
     np.testing.assert_array_equal(row.const_value.numpy(), np.full(12, array.reshape(())))
+    pair = as_row(scalar, (2,), 2)
+    assert pair is not None
+    assert pair.name == "c_x2"
     single = values("y = Neg(c)", constants={"c": np.float32([0.7])})["c"]
     assert as_row(single, (1,), 2) is single
 
@@ -229,9 +236,14 @@ def test_a_constant_scalar_is_repeated(array: np.ndarray) -> None:
 # Norms that are one node already.
 
 
-def norm_node(body: str, inputs: str = "float[b,3,8] x") -> NormNode | Refusal | None:
-    node = found(body, inputs, {"gs": np.float32([2]), "g64": np.ones(8)})["y"].producer()
+def norm_node(
+    body: str, inputs: str = "float[b,3,8] x", slots: int | None = None
+) -> NormNode | Refusal | None:
+    more = {"gs": np.float32([2]), "g64": np.ones(8), "raised": np.ones((1, 8), np.float32)}
+    node = found(body, inputs, more)["y"].producer()
     assert node is not None
+    if slots is not None:
+        node.resize_inputs(slots)
     return read_norm(node)
 
 
@@ -263,9 +275,18 @@ def test_a_standard_norm_of_a_scale_to_repeat_or_of_unknown_width() -> None:
     assert [value.name for value in unknown.vectors] == ["g"]
 
 
+def test_a_bias_that_is_left_out() -> None:
+    norm = norm_node("y = LayerNormalization(x, g)", slots=3)
+    assert isinstance(norm, NormNode)
+    assert norm.spec == Norm(centred=True)
+    assert len(norm.vectors) == 1
+
+
 @pytest.mark.parametrize(
     ("body", "inputs", "code"),
     [
+        ("y = LayerNormalization(x, raised)", "float[b,3,8] x", "scale_shape"),
+        ("y = LayerNormalization(x, given)", "float[b,3,h] x, float[n] given", "scale_shape"),
         ("y = LayerNormalization<axis = 1>(x, matrix)", "float[b,3,8] x", "axis"),
         ("y = LayerNormalization<axis = -2>(x, matrix)", "float[b,3,8] x", "axis"),
         ("y = LayerNormalization(x, g64)", "double[b,3,8] x", "types"),
@@ -311,6 +332,9 @@ def test_rms_normalization_of_a_centred_row_is_a_layer_norm() -> None:
     assert names(proposal) == ["x", "g"]
     assert proposal.attributes == {"epsilon": 0.5}
     assert [node.op_type for node in proposal.nodes] == ["Sub", "ReduceMean", "RMSNormalization"]
+    summed = "t = ReduceSum<keepdims = 1>(x, last)\nmu = Div(t, width)\nc = Sub(x, mu)\n"
+    by_width = propose(FuseLayerNorm(), f"{summed}y = RMSNormalization(c, g)")
+    assert isinstance(by_width, Rewrite)
     half = propose(FuseLayerNorm(), f"{centre}y = RMSNormalization(c, g16)", "float16[b,3,8] x")
     assert isinstance(half, Rewrite)
     assert half.spec == Norm(centred=True, dtype="f16", scale="f16", centre="storage")
@@ -338,6 +362,11 @@ def test_rms_normalization_of_anything_else(
 SILU = "s = Sigmoid(x)\ny = Mul(x, s)"
 QUICK = "z = Mul(x, k)\ns = Sigmoid(z)\ny = Mul(s, x)"
 GELU = "d = Div(x, root2)\ne = Erf(d)\na = Add(e, one)\nh = Mul(x, half)\ny = Mul(h, a)"
+TANH16 = (
+    "x3 = Pow(x, three16)\nu = Mul(x3, c3_16)\nw = Add(x, u)\nd = Mul(w, root2pi_16)\n"
+    "e = Tanh(d)\na = Add(e, one16)\nh = Mul(x, half16)\ny = Mul(h, a)"
+)
+DIVIDED16 = "n = Neg(x)\ne = Exp(n)\na = Add(e, one16)\ny = Div(x, a)"
 GELU16 = GELU.replace("root2", "root2_16").replace("one", "one16").replace("half", "half16")
 
 
@@ -352,6 +381,10 @@ GELU16 = GELU.replace("root2", "root2_16").replace("one", "one16").replace("half
          {"beta": 1.0}),
         (FuseGelu(), GELU, "float", Gated("gelu"), {}),
         (FuseGelu(), GELU16, "float16", Gated("gelu", dtype="f16", precision="storage"), {}),
+        (FuseGeluTanh(), TANH16, "float16",
+         Gated("gelu_tanh", dtype="f16", precision="storage"), {}),
+        (FuseSwish(), DIVIDED16, "float16", Gated("swish", dtype="f16", precision="storage"),
+         {"beta": 1.0}),
         (FuseSwish(), SILU, "double", Gated("swish", dtype="f64"), {"beta": 1.0}),
     ],
 )  # fmt: skip
@@ -393,16 +426,19 @@ def test_refused_activations(body: str, refusal: tuple[str, str]) -> None:
     assert refused(FuseSwish(), body) == refusal
 
 
-def test_an_output_of_unknown_type() -> None:
-    named = values(SILU, "float[b,3,8] x", known="float[b,3,8] s")
-    named["y"].dtype = None
+@pytest.mark.parametrize("unknown", ["x", "y"])
+@pytest.mark.parametrize(
+    ("rule", "body"), [(FuseSwish(), SILU), (FuseRMSNorm(), RMS.replace("n =", "y ="))]
+)
+def test_a_type_nobody_knows(rule: Rule, body: str, unknown: str) -> None:
+    named = found(body)
+    named[unknown].dtype = None
     root = named["y"].producer()
     assert root is not None
-    for rule in (FuseSwish(),):
-        miss = rule.propose(root)
-        assert isinstance(miss, Miss)
-        assert miss.refusal is not None
-        assert miss.refusal.code == "type_unknown"
+    miss = rule.propose(root)
+    assert isinstance(miss, Miss)
+    assert miss.refusal is not None
+    assert (miss.refusal.code, miss.refusal.node) == ("type_unknown", "y")
 
 
 @pytest.mark.parametrize(
@@ -426,6 +462,7 @@ def test_a_swish_of_an_unknown_type_is_no_candidate() -> None:
         (FuseGelu(), "gelu", "Gelu", {"Mul", "Div", "Cast"}),
         (FuseGeluTanh(), "gelu_tanh", "Gelu", {"Mul", "Div", "Cast"}),
         (FuseSwish(), "swish", "Swish", {"Mul", "Div", "Cast", "Swish"}),
+        (FuseRelu2(), "relu2", "Relu2", {"Mul", "Pow", "Cast"}),
         (FuseRMSNorm(), "rms_norm", "RMSNorm", {"Add", "Mul", "Div", "Cast"}),
         (FuseLayerNorm(), "layer_norm", "LayerNorm",
          {"Add", "Mul", "Div", "Cast", "RMSNormalization"}),

@@ -115,17 +115,6 @@ class _Kernel:
     def _ramp(self, at: Expr) -> Expr:
         return T.ramp(at, 1, self.width)
 
-    def _zeros(self, count: int) -> list[Any]:
-        """Vectors to add to; one buffer each, as TVM puts larger ones on the heap."""
-        made = [T.alloc_buffer((self.width,), "float32") for _ in range(count)]
-        for vector in made:
-            T.buffer_store(vector, self.lanes.f32(0.0), [self._ramp(0)])
-        return made
-
-    def _add(self, vector: Any, value: Expr) -> None:
-        index = self._ramp(0)
-        T.buffer_store(vector, vector[index] + value, [index])
-
     def _load(self, name: str, at: Expr, mask: Expr) -> Expr:
         """A vector; 0 where `mask` says no."""
         buffer, index = self.buffers[name], self._ramp(at)
@@ -148,12 +137,7 @@ class _Kernel:
             body(T.bind(index * self.width), None)
         rest = T.bind(total - whole * self.width)
         with T.If(rest > 0), T.Then():
-            body(T.bind(whole * self.width), self._mask(rest))
-
-    def _mask(self, rest: Expr) -> Expr:
-        """The first `rest` lanes."""
-        limit = T.cast(rest, "int32")
-        return T.bind(T.get_active_lane_mask(self.lanes.type("bool"), T.int32(0), limit))
+            body(T.bind(whole * self.width), self.lanes.first(rest))
 
     def _row(self, row: Expr) -> tuple[Expr, Expr]:
         """Head and position of a row."""
@@ -165,25 +149,11 @@ class _Kernel:
         head, position = self._row(row)
         return T.bind(head * self.at[f"{name}_head"] + position * self.at[f"{name}_row"])
 
-    def _interleaved(self, a: Expr, b: Expr) -> tuple[Expr, Expr]:
-        """a0 b0 a1 b1 …, in two vectors."""
-        width, half = self.width, self.width // 2
-        low = [T.int32(part * width + lane) for lane in range(half) for part in (0, 1)]
-        high = [T.int32(part * width + half + lane) for lane in range(half) for part in (0, 1)]
-        return self.lanes.let(T.Shuffle([a, b], low)), self.lanes.let(T.Shuffle([a, b], high))
-
-    def _transposed(self, vectors: list[Expr]) -> list[Expr]:
-        half = self.width // 2
-        for _ in range(self.width.bit_length() - 1):
-            pairs = [self._interleaved(vectors[i], vectors[i + half]) for i in range(half)]
-            vectors = [vector for pair in pairs for vector in pair]
-        return vectors
-
     def _totals(self, vectors: list[Expr]) -> Expr:
         """A vector of the sums of as many vectors as it has lanes."""
         while len(vectors) > 1:
             half = len(vectors) // 2
-            pairs = [self._interleaved(vectors[i], vectors[i + half]) for i in range(half)]
+            pairs = [self.lanes.interleaved(vectors[i], vectors[i + half]) for i in range(half)]
             vectors = [self.lanes.let(low + high) for low, high in pairs]
         return vectors[0]
 
@@ -225,7 +195,7 @@ class _Kernel:
                 if self.spec.mask:
                     for vector in vectors:
                         self._note_wild(self.wild, vector)
-                for lane, vector in enumerate(self._transposed(vectors)):
+                for lane, vector in enumerate(self.lanes.transposed(vectors)):
                     index = self._ramp(target + (at + lane) * self.panel)
                     T.buffer_store(self.scratch, vector, [index])
 
@@ -337,7 +307,7 @@ class _Kernel:
         inner = self.at["inner"]
         panels = T.truncdiv(live + (self.panel - 1), T.int64(self.panel))
         with T.serial(panels) as panel:
-            sums = self._zeros(2 * size)
+            sums = self.lanes.zeros(2 * size)
             start = T.bind(panel * (inner * self.panel))
             with T.serial(self.steps) as step:
                 tile = T.bind(self.tile_q + step * (_STEP * self.rows))
@@ -350,7 +320,7 @@ class _Kernel:
                     for i in range(size):
                         value = T.bind(self.lanes.spread(self.scratch[tile + d + i * _STEP]))
                         for j in range(2):
-                            self._add(sums[2 * i + j], value * keys[j])
+                            self.lanes.add(sums[2 * i + j], value * keys[j])
             for index, total in enumerate(sums):
                 target = self.scores + index // 2 * KEYS + panel * self.panel
                 target += index % 2 * self.width
@@ -365,7 +335,7 @@ class _Kernel:
                 T.bind(T.min(key + lane, self.at["keys"] - 1) * self.at["k_row"])
                 for lane in range(self.width)
             ]
-            sums = self._zeros(self.width)
+            sums = self.lanes.zeros(self.width)
 
             def body(at: Expr, mask: Expr) -> None:
                 step = T.bind(T.truncdiv(at, T.int64(_STEP)))
@@ -373,7 +343,7 @@ class _Kernel:
                 index = self.tile_q + step * (_STEP * self.rows) + i * _STEP + inside
                 query = T.bind(self.scratch[self._ramp(index)])
                 for start, total in zip(starts, sums, strict=True):
-                    self._add(total, query * self._load("k", start + at, mask))
+                    self.lanes.add(total, query * self._load("k", start + at, mask))
 
             self._blocks(self.at["inner"], body)
             total = self._totals([T.bind(total[self._ramp(0)]) for total in sums])
@@ -452,12 +422,12 @@ class _Kernel:
         vectors = T.truncdiv(columns - done + (self.width - 1), T.int64(self.width))
         with T.serial(vectors) as vector:
             start = T.bind(done + vector * self.width)
-            self._add_columns(size, targets, live, start, 1, self._mask(columns - start))
+            self._add_columns(size, targets, live, start, 1, self.lanes.first(columns - start))
 
     def _add_columns(
         self, size: int, targets: list[Expr], live: Expr, column: Expr, wide: int, mask: Expr
     ) -> None:
-        sums = self._zeros(size * wide)
+        sums = self.lanes.zeros(size * wide)
         places = [(i, column + j * self.width) for i in range(size) for j in range(wide)]
         start = T.bind(self.first * self.at["v_row"] + column)
         with T.serial(live) as key:
@@ -468,7 +438,7 @@ class _Kernel:
             for i in range(size):
                 weight = T.bind(self.lanes.spread(self.scratch[self.scores + i * KEYS + key]))
                 for j in range(wide):
-                    self._add(sums[i * wide + j], weight * values[j])
+                    self.lanes.add(sums[i * wide + j], weight * values[j])
         totals = [total[self._ramp(0)] for total in sums]
         with T.If(self.first == 0):
             with T.Then():
@@ -510,10 +480,10 @@ class _Kernel:
         T.buffer_store(self.correction, T.float32(0.0), [0])
 
         def body(at: Expr, mask: Expr) -> None:
-            (total,) = self._zeros(1)
+            (total,) = self.lanes.zeros(1)
             with T.serial(self.at["keys"]) as key:
                 value = self._load("v", key * self.at["v_row"] + at, mask)
-                self._add(total, value * self.lanes.spread(self.correction[0]))
+                self.lanes.add(total, value * self.lanes.spread(self.correction[0]))
             self._store("y", start + at, mask, T.bind(total[self._ramp(0)]))
 
         self._blocks(self.at["columns"], body)

@@ -1,91 +1,76 @@
 """Linear kernels: a tile of rows times packed panels in registers, then the epilogue.
 
-The accumulators of a tile fill most vector registers; panels are read from front to back, rows of
-x by broadcast; 16-bit weights are widened in registers, 16-bit rows a chunk at a time on the stack.
-A tile's sums go through a small buffer to the epilogue, which is the row program of the activation
-or gated unit.
+The rows of x are laid out once, in tiles of some rows: per column of x its numbers of those rows,
+widened to f32. The accumulators of a tile fill most vector registers; tiles and panels are both
+read from front to back, 16-bit weights are widened in registers. A tile's sums go through a small
+buffer to the epilogue, which is the row program of the activation or gated unit.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import tvm.script.ir_builder.tirx as T
 
 from fusenorm.kernels.mathfn import Expr, Lanes
 from fusenorm.kernels.program import row_program, symbols
+from fusenorm.kernels.registers import Tile
 from fusenorm.kernels.rows import BUFFER, Emitter, function, narrow, round_to, widen
-from fusenorm.ops import DTYPES, Linear
+from fusenorm.ops import DTYPES, Linear, Slot
 from fusenorm.ops.linear import PANEL
 
-# Columns of 16-bit rows that are widened at a time.
-CHUNK = 256
-
-
-@dataclasses.dataclass(frozen=True)
-class Tile:
-    """What one pass over K computes: `rows` rows of `vectors` vectors of each of `parts` panels.
-
-    parts: 2 for a gated unit (gate and up), else 1.
-    """
-
-    lanes: int
-    rows: int
-    vectors: int
-    parts: int
-
-    @classmethod
-    def of(cls, spec: Linear, lanes: int) -> Tile:
-        """The tile whose accumulators, panel vectors and a broadcast fit the registers."""
-        parts = 2 if spec.gated else 1
-        if lanes == 16:
-            return cls(lanes, 6 if spec.gated else 8, 2, parts)
-        return cls(lanes, 6, 2 // parts, parts)
-
-    @property
-    def width(self) -> int:
-        """Output columns."""
-        return self.lanes * self.vectors
-
-    @property
-    def columns(self) -> int:
-        """Accumulated columns."""
-        return self.width * self.parts
+# Bytes of a panel fetched ahead of their use: the hardware's own prefetching stops at each page.
+_AHEAD, _LINE = 8192, 64
+# Rows of a tile from which laying them out as vectors pays.
+_TRANSPOSED = 4
+_SCALAR = Lanes(1)
 
 
 def functions(spec: Linear, lanes: int) -> list[Any]:
-    """The PrimFunc of `spec` with vectors of `lanes` f32.
+    """The PrimFuncs of `spec` with vectors of `lanes` f32, in the order of `symbols`.
 
-    Arguments: x [M, K], weight [P, K, PANEL], the biases [N], y [M, N], int64 first and last row,
-    first and last panel of y, then the attributes as float32.
+    Both see the M rows in tiles of `height` rows, which is 1 or even and at most `Tile.rows`; the
+    last tile may have fewer rows, of an odd number its last one twice. The first multiplies: tiles
+    f32 [(M + 1)·K], weight [P, K, PANEL], the biases [N], y [M, N], int64 height, first and last
+    row, first and last panel of y, then the attributes as float32. The second makes the tiles:
+    x [M, K], tiles, height, first and last row. First rows are those of a tile.
     """
-    (name,) = symbols(spec)
+    product, tiles = symbols(spec)
     tile = Tile.of(spec, lanes)
-    with function(name) as builder:
-        _emit(spec, tile)
-    return [builder.get()]
+    made = []
+    for name, emit in ((product, _multiply), (tiles, _lay_out)):
+        with function(name) as builder:
+            emit(spec, tile)
+        made.append(builder.get())
+    return made
 
 
-def _emit(spec: Linear, tile: Tile) -> None:
-    handles = {slot.name: T.arg(slot.name, T.handle()) for slot in (*spec.inputs, *spec.outputs)}
-    begin, end, first, last = (
-        T.arg(name, T.int64()) for name in ("row_begin", "row_end", "panel_begin", "panel_end")
+def _integers(*names: str) -> list[Expr]:
+    return [T.arg(name, T.int64()) for name in names]
+
+
+def _buffer(slot: Slot, handle: Expr, shape: tuple[Any, ...]) -> Any:
+    align = DTYPES[slot.dtype].numpy.itemsize
+    return T.match_buffer(handle, shape, BUFFER[slot.dtype], align=align)
+
+
+# -- products
+
+
+def _multiply(spec: Linear, tile: Tile) -> None:
+    slots = {slot.name: slot for slot in (*spec.inputs, *spec.outputs)}
+    handles = {name: T.arg(name, T.handle()) for name in slots}
+    height, begin, end, first, last = _integers(
+        "height", "row_begin", "row_end", "panel_begin", "panel_end"
     )
     numbers = {name: T.arg(name, T.float32()) for name in spec.attributes}
     rows, inner, columns, panels = T.int64(), T.int64(), T.int64(), T.int64()
-    shapes = {"x": (rows, inner), "weight": (panels, inner, PANEL), "y": (rows, columns)}
+    shapes = {"weight": (panels, inner, PANEL), "y": (rows, columns)}
+    tiles = T.match_buffer(handles.pop("x"), (T.int64(),), "float32", align=4)
     # The outputs first: their shape defines the symbols the inputs' use.
-    names = ("y", *(slot.name for slot in spec.inputs))
     buffers = {
-        name: T.match_buffer(
-            handles[name],
-            shapes.get(name, (columns,)),
-            BUFFER[spec.dtype],
-            align=DTYPES[spec.dtype].numpy.itemsize,
-        )
-        for name in names
+        name: _buffer(slots[name], handles[name], shapes.get(name, (columns,)))
+        for name in sorted(handles, key=lambda name: name != "y")
     }
     sums = _on_stack(tile.rows * tile.columns)
     epilogue = _Epilogue(spec, tile, buffers, numbers, sums)
@@ -94,17 +79,28 @@ def _emit(spec: Linear, tile: Tile) -> None:
         panel = T.bind(first + step // steps)
         offset = T.bind((step % steps) * tile.width)
         epilogue.begin(T.bind(panel * PANEL + offset))
-        full = T.bind((end - begin) // tile.rows)
-        with T.serial(full) as index:
-            row = T.bind(begin + index * tile.rows)
-            _accumulate(spec, tile, buffers, sums, tile.rows, (row, panel, offset))
-            epilogue.finish(row, tile.rows)
-        row = T.bind(begin + full * tile.rows)
-        rest = T.bind(end - row)
-        for count in range(1, tile.rows):
-            with T.If(rest == count), T.Then():
-                _accumulate(spec, tile, buffers, sums, count, (row, panel, offset))
-        epilogue.finish(row, rest)
+        with T.serial(T.truncdiv(end - begin + (height - 1), height)) as index:
+            row = T.bind(begin + index * height)
+            size = T.bind(T.min(height, end - row))
+            padded = _padded(size)
+            for count in (1, *range(2, tile.rows + 1, 2)):
+                with T.If(padded == count), T.Then():
+                    _accumulate(spec, tile, tiles, buffers["weight"], sums, count,
+                                (T.bind(row * inner), panel, offset))  # fmt: skip
+            epilogue.finish(row, size)
+
+
+def _prefetch(element: Expr) -> None:
+    """Have the element's cache line brought in; outside of memory it does nothing."""
+    reading, keep, data = T.int32(0), T.int32(3), T.int32(1)
+    T.evaluate(
+        T.call_llvm_intrin("void", "llvm.prefetch.p0", T.address_of(element), reading, keep, data)
+    )
+
+
+def _padded(size: Expr) -> Expr:
+    """Rows a tile of `size` rows is laid out for."""
+    return T.bind(size + T.Select(size > 1, size % 2, T.int64(0)))
 
 
 def _on_stack(size: int) -> Any:
@@ -115,70 +111,107 @@ def _on_stack(size: int) -> Any:
 def _accumulate(
     spec: Linear,
     tile: Tile,
-    buffers: dict[str, Any],
+    tiles: Any,
+    weight: Any,
     sums: Any,
     rows: int,
     origin: tuple[Expr, Expr, Expr],
 ) -> None:
-    """Products of `rows` rows with the tile's columns, left in `sums`.
+    """Products of a tile of `rows` rows with the tile's columns, left in `sums`.
 
-    origin: the tile's first row, its panel of y, and its first column in that panel.
+    origin: where the rows begin in `tiles`, their panel of y, and the first column in that panel.
     """
     lanes, per_row = Lanes(tile.lanes), tile.vectors * tile.parts
-    row, panel, offset = origin
-    inner = buffers["x"].shape[1]
-    registers = _on_stack(rows * tile.columns)
-
-    def at(i: int, j: int) -> Expr:
-        return T.ramp((i * per_row + j) * tile.lanes, 1, tile.lanes)
-
-    def step(k: Expr, value: Callable[[int], Expr]) -> None:
-        """One row of the panels times one column of x."""
+    start, panel, offset = origin
+    size = DTYPES[spec.dtype].numpy.itemsize
+    totals = lanes.zeros(rows * per_row)
+    with T.serial(weight.shape[1]) as k:
         weights = []
         for part in range(tile.parts):
+            for column in range(0, tile.width, _LINE // size):
+                later = k + _AHEAD // (PANEL * size)
+                _prefetch(weight[panel * tile.parts + part, later, offset + column])
             for vector in range(tile.vectors):
                 column = T.ramp(offset + vector * tile.lanes, 1, tile.lanes)
-                stored = buffers["weight"][panel * tile.parts + part, k, column]
+                stored = weight[panel * tile.parts + part, k, column]
                 weights.append(T.bind(widen(lanes, spec.dtype, stored)))
         for i in range(rows):
-            spread = T.bind(lanes.spread(value(i)))
+            spread = T.bind(lanes.spread(tiles[start + k * rows + i]))
             for j in range(per_row):
-                T.buffer_store(registers, registers[at(i, j)] + spread * weights[j], [at(i, j)])
-
-    tiles = [(i, j) for i in range(rows) for j in range(per_row)]
-    for i, j in tiles:
-        T.buffer_store(registers, lanes.f32(0.0), [at(i, j)])
-    if spec.dtype == "f32":
-        with T.serial(inner) as k:
-            step(k, lambda i: buffers["x"][row + i, k])
-    else:
-        # Seen through a second name, or TVM shrinks it to the part used, of unknown size.
-        wide = T.decl_buffer((rows * CHUNK,), "float32", data=_on_stack(rows * CHUNK).data)
-        with T.serial((inner + CHUNK - 1) // CHUNK) as chunk:
-            first = T.bind(chunk * CHUNK)
-            size = T.bind(T.min(inner - first, CHUNK))
-            for i in range(rows):
-                _widen_row(spec, lanes, wide, i * CHUNK, buffers["x"], row + i, first, size)
-            with T.serial(size) as k:
-                step(first + k, lambda i: wide[i * CHUNK + k])
-    for i, j in tiles:
-        T.buffer_store(sums, registers[at(i, j)], [at(i, j)])
+                lanes.add(totals[i * per_row + j], spread * weights[j])
+    for index, total in enumerate(totals):
+        place = T.ramp(index * tile.lanes, 1, tile.lanes)
+        T.buffer_store(sums, total[T.ramp(0, 1, tile.lanes)], [place])
 
 
-def _widen_row(
-    spec: Linear, lanes: Lanes, target: Any, at: int, x: Any, row: Expr, first: Expr, size: Expr
+# -- the rows of x
+
+
+def _lay_out(spec: Linear, tile: Tile) -> None:
+    source, target = T.arg("x", T.handle()), T.arg("tiles", T.handle())
+    height, begin, end = _integers("height", "row_begin", "row_end")
+    rows, inner = T.int64(), T.int64()
+    x = _buffer(spec.inputs[0], source, (rows, inner))
+    tiles = T.match_buffer(target, (T.int64(),), "float32", align=4)
+    with T.serial(T.truncdiv(end - begin + (height - 1), height)) as index:
+        row = T.bind(begin + index * height)
+        size = T.bind(T.min(height, end - row))
+        start, padded = T.bind(row * inner), _padded(size)
+        with T.If(size < _TRANSPOSED):
+            with T.Then(), T.serial(inner) as k, T.serial(padded) as i:
+                value = widen(_SCALAR, spec.dtype, x[row + T.min(i, size - 1), k])
+                T.buffer_store(tiles, value, [start + k * padded + i])
+            with T.Else():
+                for group in range(0, tile.rows, tile.lanes):
+                    with T.If(size > group), T.Then():
+                        _transpose(spec, Lanes(tile.lanes), x, tiles, row, group, (size, padded))
+
+
+def _transpose(
+    spec: Linear,
+    lanes: Lanes,
+    x: Any,
+    tiles: Any,
+    row: Expr,
+    group: int,
+    sizes: tuple[Expr, Expr],
 ) -> None:
-    """x[row, first : first + size] as f32 at target[at...]."""
-    count = T.bind(size // lanes.count)
-    with T.serial(count) as block:
-        column = T.bind(block * lanes.count)
-        stored = x[row, T.ramp(first + column, 1, lanes.count)]
-        value = widen(lanes, spec.dtype, stored)
-        T.buffer_store(target, value, [T.ramp(at + column, 1, lanes.count)])
-    done = T.bind(count * lanes.count)
-    with T.serial(size - done) as rest:
-        value = widen(Lanes(1), spec.dtype, x[row, first + done + rest])
-        T.buffer_store(target, value, [at + done + rest])
+    """Rows from row + `group` of a tile, as many as a vector has lanes.
+
+    sizes: of the tile, and padded.
+    """
+    size, padded = sizes
+    inner, width = x.shape[1], lanes.count
+    rows = [T.bind(T.min(row + group + lane, row + size - 1)) for lane in range(width)]
+    held = lanes.first(T.bind(padded - group))
+    start = T.bind(row * inner + group)
+
+    def columns(k: Expr, mask: Expr) -> list[Expr]:
+        column = T.ramp(k, 1, width)
+        if mask is None:
+            stored = [T.bind(x[each, column]) for each in rows]
+        else:
+            kind = lanes.type(BUFFER[spec.dtype])
+            stored = [T.bind(T.masked_load(kind, x, each, column, mask)) for each in rows]
+        return lanes.transposed([lanes.let(widen(lanes, spec.dtype, each)) for each in stored])
+
+    def place(k: Expr) -> Expr:
+        return T.ramp(start + k * padded, 1, width)
+
+    blocks = T.bind(inner // width)
+    with T.serial(blocks) as block:
+        k = T.bind(block * width)
+        for lane, vector in enumerate(columns(k, None)):
+            T.evaluate(T.masked_store(tiles, vector, place(k + lane), held))
+    rest = T.bind(inner - blocks * width)
+    with T.If(rest > 0), T.Then():
+        k = T.bind(blocks * width)
+        for lane, vector in enumerate(columns(k, lanes.first(rest))):
+            with T.If(rest > lane), T.Then():
+                T.evaluate(T.masked_store(tiles, vector, place(k + lane), held))
+
+
+# -- what follows the products
 
 
 class _Epilogue:

@@ -60,6 +60,38 @@ class Lanes:
         T.buffer_store(cell, value, [index])
         return T.bind(cell[index])
 
+    def zeros(self, count: int) -> list[Any]:
+        """Vectors to add to; one buffer each, as TVM puts larger ones on the heap."""
+        made = [T.alloc_buffer((self.count,), "float32") for _ in range(count)]
+        for vector in made:
+            T.buffer_store(vector, self.f32(0.0), [T.ramp(0, 1, self.count)])
+        return made
+
+    def add(self, vector: Any, value: Expr) -> None:
+        """Add to one of `zeros`."""
+        index = T.ramp(0, 1, self.count)
+        T.buffer_store(vector, vector[index] + value, [index])
+
+    def interleaved(self, a: Expr, b: Expr) -> tuple[Expr, Expr]:
+        """a0 b0 a1 b1 …, in two vectors."""
+        half = self.count // 2
+        low = [T.int32(part * self.count + lane) for lane in range(half) for part in (0, 1)]
+        high = [T.int32(part * self.count + half + lane) for lane in range(half) for part in (0, 1)]
+        return self.let(T.Shuffle([a, b], low)), self.let(T.Shuffle([a, b], high))
+
+    def transposed(self, vectors: list[Expr]) -> list[Expr]:
+        """As many vectors as there are lanes, with lanes and vectors exchanged."""
+        half = self.count // 2
+        for _ in range(self.count.bit_length() - 1):
+            pairs = [self.interleaved(vectors[i], vectors[i + half]) for i in range(half)]
+            vectors = [vector for pair in pairs for vector in pair]
+        return vectors
+
+    def first(self, count: Expr) -> Expr:
+        """A mask of the first `count` lanes."""
+        limit = T.cast(count, "int32")
+        return T.bind(T.get_active_lane_mask(self.type("bool"), T.int32(0), limit))
+
     def fence(self, value: Expr) -> Expr:
         """A product that is rounded before it is added to: LLVM makes no fma of it."""
         return T.call_llvm_pure_intrin(self.type("float32"), "llvm.arithmetic.fence", value)

@@ -130,8 +130,13 @@ class RowProgram:
 
 
 def symbols(spec: OpSpec) -> tuple[str, ...]:
-    """Names of an op's kernels: with every output, then without the second."""
+    """Names of an op's kernels: with every output, then without the second.
+
+    A linear op's second one, shared by all of its type, lays out the rows of x for the first.
+    """
     name = f"fusenorm_{spec.op_type}"
+    if isinstance(spec, Linear):
+        return name, f"fusenorm_tiles_{spec.dtype}"
     return (name, f"{name}__nosum") if len(spec.outputs) == 2 else (name,)
 
 

@@ -130,9 +130,10 @@ typedef struct {
 typedef struct {
   const char* op_type;
   Kernel kernel;  /* every output */
-  Kernel without; /* the second output not wanted */
+  Kernel other;   /* the second output not wanted; LINEAR: lays out x in tiles */
   Kind kind;
   int parts; /* panels of the weight per panel of y; 2 for grouped heads */
+  int tile;  /* LINEAR: rows taken at a time */
   int inputs, outputs, attributes;
   Slot input[MAX_INPUTS], output[MAX_OUTPUTS];
   const char* attribute[MAX_ATTRIBUTES];
@@ -296,7 +297,7 @@ static int run_rows(const Job* job, int64_t first, int64_t count) {
   }
   arguments[n++] = (Argument){ARGUMENT_INT, 0, {.integer = 0}};
   arguments[n++] = (Argument){ARGUMENT_INT, 0, {.integer = count}};
-  Kernel kernel = job->outputs == op->outputs ? op->kernel : op->without;
+  Kernel kernel = job->outputs == op->outputs ? op->kernel : op->other;
   return call_kernel(job->state, kernel, arguments, n);
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fusenorm.kernels import row_program, symbols
+from fusenorm.kernels.registers import LANES, Tile
 from fusenorm.lower.target import Target
 from fusenorm.ops import DTYPES, FAMILIES, Attention, Linear, OpSpec, Slot
 
@@ -20,7 +21,7 @@ def table(specs: Sequence[OpSpec], target: Target) -> str:
         for name in names
     )
     strays = ", ".join(f'"{name}"' for name in (*known, "axis", "stash_type"))
-    rows = "\n".join(_row(spec) for spec in specs)
+    rows = "\n".join(_row(spec, target) for spec in specs)
     x86 = int(target.level[-1]) if target.machine == "x86_64" else 0
     return (
         f"{declarations}\n"
@@ -32,9 +33,15 @@ def table(specs: Sequence[OpSpec], target: Target) -> str:
     )
 
 
-def _row(spec: OpSpec) -> str:
+def _row(spec: OpSpec, target: Target) -> str:
     kernels = [f"__tvm_ffi_{name}" for name in symbols(spec)]
-    numbers = (_parts(spec), len(spec.inputs), len(spec.outputs), len(spec.attributes))
+    numbers = (
+        _parts(spec),
+        _tile(spec, target),
+        len(spec.inputs),
+        len(spec.outputs),
+        len(spec.attributes),
+    )
     attributes = ", ".join(f'"{name}"' for name in spec.attributes) or "0"
     return (
         f'  {{"{spec.op_type}", {kernels[0]}, {kernels[-1]}, {_kind(spec)}, '
@@ -56,6 +63,11 @@ def _parts(spec: OpSpec) -> int:
     gated = isinstance(spec, Linear) and spec.gated
     grouped = isinstance(spec, Attention) and spec.grouped
     return 2 if gated or grouped else 1
+
+
+def _tile(spec: OpSpec, target: Target) -> int:
+    """Rows a linear kernel takes at a time."""
+    return Tile.of(spec, LANES[target.level]).rows if isinstance(spec, Linear) else 1
 
 
 def _slot(slot: Slot) -> str:

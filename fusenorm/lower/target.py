@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Literal, Self
 
 from fusenorm.errors import BadInput
-
-Level = Literal["x86-64-v2", "x86-64-v3", "x86-64-v4", "aarch64"]
+from fusenorm.kernels.registers import Level
 
 _V2 = ("cx16", "lahf_lm", "popcnt", "sse4_1", "sse4_2", "ssse3")
 _V3 = (*_V2, "abm", "avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "movbe")

@@ -78,7 +78,7 @@ def _multiply(spec: Linear, tile: Tile) -> None:
     with T.serial((last - first) * steps) as step:
         panel = T.bind(first + step // steps)
         offset = T.bind((step % steps) * tile.width)
-        epilogue.begin(T.bind(panel * PANEL + offset))
+        column = T.bind(panel * PANEL + offset)
         with T.serial(T.truncdiv(end - begin + (height - 1), height)) as index:
             row = T.bind(begin + index * height)
             size = T.bind(T.min(height, end - row))
@@ -87,7 +87,7 @@ def _multiply(spec: Linear, tile: Tile) -> None:
                 with T.If(padded == count), T.Then():
                     _accumulate(spec, tile, tiles, buffers["weight"], sums, count,
                                 (T.bind(row * inner), panel, offset))  # fmt: skip
-            epilogue.finish(row, size)
+            epilogue.finish(row, size, column)
 
 
 def _prefetch(element: Expr) -> None:
@@ -226,49 +226,45 @@ class _Epilogue:
         sums: Any,
     ) -> None:
         self.spec, self.tile, self.buffers, self.sums = spec, tile, buffers, sums
+        self.numbers = numbers
         self.lanes = Lanes(tile.lanes)
-        self.activation = None
-        if spec.gated or spec.activation != "identity":
-            program = row_program(spec.unit)
-            self.activation = Emitter(program, program.outputs, tile.lanes)
-            self.activation.scalars.update(numbers)
-            self.activation.uniform("attribute")
-            self.activation.spread(set(self.activation.scalars))
-        self.column: Expr = None
-        self.biases: list[list[Expr]] = []
+        self.activation: Emitter | None = None
 
-    def begin(self, column: Expr) -> None:
-        """Load what all rows of these columns share."""
-        self.column = column
-        names = [slot.name for slot in self.spec.inputs if slot.layout == "vector"]
-        self.biases = [[self._vector(name, v) for v in range(self.tile.vectors)] for name in names]
-
-    def _vector(self, name: str, vector: int) -> Expr:
-        stored = self.buffers[name][self._columns(vector)]
-        return T.bind(widen(self.lanes, self.spec.dtype, stored))
-
-    def _columns(self, vector: int) -> Expr:
-        return T.ramp(self.column + vector * self.tile.lanes, 1, self.tile.lanes)
-
-    def finish(self, row: Expr, count: Expr) -> None:
+    def finish(self, row: Expr, count: Expr, column: Expr) -> None:
         """Write `count` rows of y from the sums."""
         tile = self.tile
         with T.serial(count) as i:
+            self.lanes = Lanes(tile.lanes, T.bind(T.cast(T.shift_right(i, 40), "uint32")))
+            self.activation = self._activation()
             for vector in range(tile.vectors):
+                columns = T.ramp(column + vector * tile.lanes, 1, tile.lanes)
                 parts = [
-                    self._sum(i * tile.columns + part * tile.width, part, vector)
+                    self._sum(i * tile.columns + part * tile.width, part, vector, columns)
                     for part in range(tile.parts)
                 ]
                 y = T.bind(narrow(self.lanes, self.spec.dtype, self._apply(parts)))
-                T.buffer_store(self.buffers["y"], y, [row + i, self._columns(vector)])
+                T.buffer_store(self.buffers["y"], y, [row + i, columns])
 
-    def _sum(self, at: Expr, part: int, vector: int) -> Expr:
+    def _activation(self) -> Emitter | None:
+        if not self.spec.gated and self.spec.activation == "identity":
+            return None
+        program = row_program(self.spec.unit)
+        emitter = Emitter(program, program.outputs, self.lanes)
+        for name, number in self.numbers.items():
+            emitter.scalars[name] = _SCALAR.from_bits(_SCALAR.bits(number) ^ self.lanes.zero)
+        emitter.uniform("attribute")
+        emitter.spread(set(emitter.scalars))
+        return emitter
+
+    def _sum(self, at: Expr, part: int, vector: int, columns: Expr) -> Expr:
         lanes, dtype = self.lanes, self.spec.dtype
         total = self.sums[T.ramp(at + vector * self.tile.lanes, 1, self.tile.lanes)]
         value = lanes.let(round_to(lanes, dtype, total))
-        if not self.biases:
+        if not self.spec.bias:
             return value
-        return lanes.let(round_to(lanes, dtype, value + self.biases[part][vector]))
+        names = [slot.name for slot in self.spec.inputs if slot.layout == "vector"]
+        bias = T.bind(widen(lanes, dtype, self.buffers[names[part]][columns]))
+        return lanes.let(round_to(lanes, dtype, value + bias))
 
     def _apply(self, parts: list[Expr]) -> Expr:
         if self.activation is None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import numpy as np
 import tvm.script.ir_builder.tirx as T
 
 Expr = Any
@@ -18,9 +19,15 @@ Expr = Any
 
 @dataclasses.dataclass(frozen=True)
 class Lanes:
-    """Vectors of `count` lanes; 1 means scalars."""
+    """Vectors of `count` lanes; 1 means scalars.
+
+    LLVM keeps the constants of a loop in registers through all loops around it, and so takes them
+    from a loop beside it that may need every one. With `zero`, a uint32 that it cannot know to be
+    0 and that is made anew in each turn, constants are made where they are used.
+    """
 
     count: int
+    zero: Expr = None
 
     def type(self, base: str) -> str:
         return base if self.count == 1 else f"{base}x{self.count}"
@@ -29,7 +36,10 @@ class Lanes:
         return scalar if self.count == 1 else T.broadcast(scalar, self.count)
 
     def f32(self, value: float) -> Expr:
-        return self.spread(T.float32(value))
+        if self.zero is None:
+            return self.spread(T.float32(value))
+        bits = T.uint32(int(np.float32(value).view(np.uint32)))
+        return self.spread(T.reinterpret("float32", bits ^ self.zero))
 
     def u32(self, value: int) -> Expr:
         return self.spread(T.uint32(value))

@@ -123,10 +123,10 @@ class _Block:
 class Emitter:
     """What both skeletons share: buffers, uniform values, evaluation of elements."""
 
-    def __init__(self, program: RowProgram, outputs: tuple[Slot, ...], lanes: int) -> None:
+    def __init__(self, program: RowProgram, outputs: tuple[Slot, ...], lanes: Lanes) -> None:
         self.program = program
         self.outputs = outputs
-        self.lanes = Lanes(lanes)
+        self.lanes = lanes
         self.slots = {slot.name: slot for slot in (*program.inputs, *program.outputs)}
         self.buffers: dict[str, Any] = {}
         self.scalars: dict[str, Expr] = {}
@@ -286,7 +286,7 @@ def function(name: str) -> Iterator[IRBuilder]:
 
 
 def _flat(program: RowProgram, name: str, outputs: tuple[Slot, ...], lanes: int) -> Any:
-    emitter = Emitter(program, outputs, lanes)
+    emitter = Emitter(program, outputs, Lanes(lanes))
     with function(name) as builder:
         rows, columns = T.int64(), T.int64()
         begin, end = emitter.arguments(lambda slot: (rows, columns))
@@ -304,7 +304,7 @@ def _flat(program: RowProgram, name: str, outputs: tuple[Slot, ...], lanes: int)
 
 
 def _rows(program: RowProgram, name: str, outputs: tuple[Slot, ...], lanes: int) -> Any:
-    emitter = _RowEmitter(program, outputs, lanes)
+    emitter = _RowEmitter(program, outputs, Lanes(lanes))
     with function(name) as builder:
         rows, columns, pair = T.int64(), T.int64(), T.int64()
         shapes = {"row": (rows, columns), "vector": (columns,), "packed": (rows, pair)}

@@ -8,6 +8,7 @@ buffer to the epilogue, which is the row program of the activation or gated unit
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import tvm.script.ir_builder.tirx as T
@@ -21,6 +22,9 @@ from fusenorm.ops.linear import PANEL
 
 # Bytes of a panel fetched ahead of their use: the hardware's own prefetching stops at each page.
 _AHEAD, _LINE = 8192, 64
+_POINT = 16  # bits behind the binary point
+# Tiles that share the fetching of the next panel.
+_SHARES = 4
 # Rows of a tile from which laying them out as vectors pays.
 _TRANSPOSED = 4
 _SCALAR = Lanes(1)
@@ -79,23 +83,62 @@ def _multiply(spec: Linear, tile: Tile) -> None:
         panel = T.bind(first + step // steps)
         offset = T.bind((step % steps) * tile.width)
         column = T.bind(panel * PANEL + offset)
-        with T.serial(T.truncdiv(end - begin + (height - 1), height)) as index:
+        count = T.bind(T.truncdiv(end - begin + (height - 1), height))
+        with T.serial(count) as index:
             row = T.bind(begin + index * height)
             size = T.bind(T.min(height, end - row))
+            place = _Place(
+                T.bind(row * inner), panel, offset, *_fetched(spec, tile, inner, index, count)
+            )
             padded = _padded(size)
-            for count in (1, *range(2, tile.rows + 1, 2)):
-                with T.If(padded == count), T.Then():
-                    _accumulate(spec, tile, tiles, buffers["weight"], sums, count,
-                                (T.bind(row * inner), panel, offset))  # fmt: skip
+            for known in (1, *range(2, tile.rows + 1, 2)):
+                with T.If(padded == known), T.Then():
+                    _accumulate(spec, tile, tiles, buffers["weight"], sums, known, place)
             epilogue.finish(row, size, column)
 
 
-def _prefetch(element: Expr) -> None:
-    """Have the element's cache line brought in; outside of memory it does nothing."""
-    reading, keep, data = T.int32(0), T.int32(3), T.int32(1)
-    T.evaluate(
-        T.call_llvm_intrin("void", "llvm.prefetch.p0", T.address_of(element), reading, keep, data)
-    )
+@dataclasses.dataclass(frozen=True)
+class _Place:
+    """Where a tile works.
+
+    Attributes:
+        start: its first number in `tiles`.
+        panel: of y.
+        offset: the first column in that panel.
+        far, pace: the cache line of the panel to fetch at its row 0, and how many lines further at
+            each next row, in units of 2^-_POINT.
+    """
+
+    start: Expr
+    panel: Expr
+    offset: Expr
+    far: Expr
+    pace: Expr
+
+
+def _fetched(spec: Linear, tile: Tile, inner: Expr, index: Expr, count: Expr) -> tuple[Expr, Expr]:
+    """`far` and `pace` of tile `index` of `count`: the first of several share the next panel."""
+    lines = T.bind(inner * _lines(spec))
+    shares = T.bind(T.min(count, T.int64(_SHARES)))
+    share = T.bind(T.truncdiv(lines, shares))
+    idle = T.Or(count == 1, index >= shares)
+    far = T.Select(idle, T.int64(0), lines * tile.parts + index * share)
+    pace = T.Select(idle, T.int64(0), T.truncdiv(T.int64(_lines(spec) << _POINT), shares))
+    return T.bind(far), T.bind(pace)
+
+
+def _lines(spec: Linear) -> int:
+    """Cache lines of a row of a panel."""
+    return PANEL * DTYPES[spec.dtype].numpy.itemsize // _LINE
+
+
+def _prefetch(element: Expr, level: int) -> None:
+    """Have the element's cache line brought into this level of cache; outside of memory it does
+    nothing.
+    """
+    reading, locality, data = T.int32(0), T.int32(4 - level), T.int32(1)
+    where = T.address_of(element)
+    T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch.p0", where, reading, locality, data))
 
 
 def _padded(size: Expr) -> Expr:
@@ -115,33 +158,32 @@ def _accumulate(
     weight: Any,
     sums: Any,
     rows: int,
-    origin: tuple[Expr, Expr, Expr],
+    place: _Place,
 ) -> None:
-    """Products of a tile of `rows` rows with the tile's columns, left in `sums`.
-
-    origin: where the rows begin in `tiles`, their panel of y, and the first column in that panel.
-    """
+    """Products of a tile of `rows` rows with the tile's columns, left in `sums`."""
     lanes, per_row = Lanes(tile.lanes), tile.vectors * tile.parts
-    start, panel, offset = origin
     size = DTYPES[spec.dtype].numpy.itemsize
     totals = lanes.zeros(rows * per_row)
     with T.serial(weight.shape[1]) as k:
         weights = []
+        line = T.bind(place.far + T.shift_right(k * place.pace, _POINT))
         for part in range(tile.parts):
+            panel = place.panel * tile.parts + part
             for column in range(0, tile.width, _LINE // size):
                 later = k + _AHEAD // (PANEL * size)
-                _prefetch(weight[panel * tile.parts + part, later, offset + column])
+                _prefetch(weight[panel, later, place.offset + column], 1)
+            _prefetch(weight[panel, T.int64(0), line * (_LINE // size)], 2)
             for vector in range(tile.vectors):
-                column = T.ramp(offset + vector * tile.lanes, 1, tile.lanes)
-                stored = weight[panel * tile.parts + part, k, column]
+                column = T.ramp(place.offset + vector * tile.lanes, 1, tile.lanes)
+                stored = weight[panel, k, column]
                 weights.append(T.bind(widen(lanes, spec.dtype, stored)))
         for i in range(rows):
-            spread = T.bind(lanes.spread(tiles[start + k * rows + i]))
+            spread = T.bind(lanes.spread(tiles[place.start + k * rows + i]))
             for j in range(per_row):
                 lanes.add(totals[i * per_row + j], spread * weights[j])
     for index, total in enumerate(totals):
-        place = T.ramp(index * tile.lanes, 1, tile.lanes)
-        T.buffer_store(sums, total[T.ramp(0, 1, tile.lanes)], [place])
+        target = T.ramp(index * tile.lanes, 1, tile.lanes)
+        T.buffer_store(sums, total[T.ramp(0, 1, tile.lanes)], [target])
 
 
 # -- the rows of x

@@ -17,10 +17,10 @@ import tvm.script.ir_builder.tirx as T
 from fusenorm.kernels import mathfn
 from fusenorm.kernels.mathfn import Expr, Lanes
 from fusenorm.kernels.program import symbols
+from fusenorm.kernels.registers import KEYS
 from fusenorm.kernels.rows import function
 from fusenorm.ops import Attention
 
-KEYS = 128  # of a block
 _STEP = 64  # of D: successive numbers of a row in the tile of q
 _PACKED = 4  # rows from which packing keys pays
 _TRIMMED = 32  # rows from which looking at the mask pays
@@ -178,11 +178,14 @@ class _Kernel:
     # -- keys
 
     def _pack(self) -> None:
-        """The block's keys as panels [D, 2·lanes]; whether they and its values are tame."""
+        """The block's keys as panels [D, 2·lanes], the last panel filled up with the last key.
+
+        Notes whether they and the block's values are tame.
+        """
         inner, keys = self.at["inner"], self.at["keys"]
         T.buffer_store(self.wild, self.lanes.f32(0.0), [self._ramp(0)])
-        groups = T.truncdiv(self.size + (self.width - 1), T.int64(self.width))
-        with T.serial(groups) as group:
+        panels = T.truncdiv(self.size + (self.panel - 1), T.int64(self.panel))
+        with T.serial(panels * 2) as group:
             panel = T.bind(T.truncdiv(group, T.int64(2)))
             target = T.bind(panel * (inner * self.panel) + (group - panel * 2) * self.width)
             key = T.bind(self.first + group * self.width)

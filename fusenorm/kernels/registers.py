@@ -1,4 +1,4 @@
-"""What fits the vector registers of a CPU level."""
+"""What fits the vector registers and caches of a CPU."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ Level = Literal["x86-64-v2", "x86-64-v3", "x86-64-v4", "aarch64"]
 
 # f32 in a vector.
 LANES: dict[Level, int] = {"x86-64-v4": 16, "x86-64-v3": 8, "x86-64-v2": 4, "aarch64": 4}
+# Keys of a block of attention.
+KEYS = 512
 
 
 @dataclasses.dataclass(frozen=True)

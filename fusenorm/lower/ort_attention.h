@@ -4,7 +4,7 @@
    a range of one unit's rows, counted through its heads. Axes of size 1 broadcast by a stride of
    0, as MatMul and Add have it. */
 
-enum { KEY_BLOCK = 128, ROW_TILE = 8, SPLIT_ROWS = 64, ATTENTION_TASK = 1 << 20 };
+enum { ROW_TILE = 8, SPLIT_ROWS = 64, ATTENTION_TASK = 1 << 20 };
 enum { BATCH, HEAD, POSITION, COLUMN, AXES };
 enum { Q, K, V, MASK, Y, TENSORS };
 

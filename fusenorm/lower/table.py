@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fusenorm.kernels import row_program, symbols
-from fusenorm.kernels.registers import LANES, Tile
+from fusenorm.kernels.registers import KEYS, LANES, Tile
 from fusenorm.lower.target import Target
 from fusenorm.ops import DTYPES, FAMILIES, Attention, Linear, OpSpec, Slot
 
@@ -27,7 +27,7 @@ def table(specs: Sequence[OpSpec], target: Target) -> str:
         f"{declarations}\n"
         f'#define LEVEL "{target.level}"\n'
         f"#define X86_LEVEL {x86}\n"
-        f"enum {{ OP_COUNT = {len(specs)} }};\n"
+        f"enum {{ OP_COUNT = {len(specs)}, KEY_BLOCK = {KEYS} }};\n"
         f"static const char* const KNOWN_ATTRIBUTES[] = {{{strays}}};\n"
         f"static const Op OPS[OP_COUNT] = {{\n{rows}\n}};\n"
     )

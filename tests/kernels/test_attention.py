@@ -10,6 +10,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 
+from fusenorm.kernels.registers import KEYS
 from fusenorm.lower import Target, build_library
 from fusenorm.lower.library import compile_module
 from fusenorm.ops import Attention
@@ -109,7 +110,7 @@ def causal(rows: int, keys: int, lowest: float = LOWEST) -> np.ndarray:
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 6, 7, 8, 9, 15, 33])
 def test_every_row_count(name: str, rows: int, library: Path) -> None:
     spec = SPECS[name]
-    for keys in (1, 17, 130):
+    for keys in (1, 17, KEYS + 2):
         feeds = operands(spec, rows=rows, keys=keys, copies=3)
         if spec.mask:
             random = np.random.default_rng(rows)
@@ -128,7 +129,11 @@ def test_every_width(inner: int, library: Path) -> None:
 @pytest.mark.parametrize("threads", [1, 3])
 def test_blocks_of_keys_and_tasks(threads: int, library: Path) -> None:
     for spec in SPECS.values():
-        for batch, heads, rows, keys in [(1, 3, 300, 300), (3, 2, 40, 257), (2, 30, 1, 128)]:
+        for batch, heads, rows, keys in [
+            (1, 3, 300, KEYS + 90),
+            (3, 2, 40, 2 * KEYS + 1),
+            (2, 30, 1, KEYS),
+        ]:
             feeds = operands(spec, batch, heads, rows, keys, copies=2)
             if spec.mask:
                 feeds["mask"] = np.zeros((1, 1, 1, keys), np.float32)
@@ -136,7 +141,7 @@ def test_blocks_of_keys_and_tasks(threads: int, library: Path) -> None:
 
 
 @pytest.mark.parametrize("lowest", [LOWEST, -np.inf, -1e4])
-@pytest.mark.parametrize("rows", [5, 31, 32, 40, 300])
+@pytest.mark.parametrize("rows", [5, 31, 32, 40, 300, KEYS + 90])
 def test_causal_masks(rows: int, lowest: float, library: Path) -> None:
     for name in ("safe", "zero", "nan"):
         for keys in (rows, rows + 130):
@@ -148,10 +153,10 @@ def test_causal_masks(rows: int, lowest: float, library: Path) -> None:
 def test_padding(library: Path) -> None:
     """Rows without a weight in the first block of keys; rows of one mask: x + lowest = lowest."""
     for name in ("safe", "zero", "nan"):
-        feeds = operands(SPECS[name], batch=2, rows=290, keys=290)
-        mask = np.broadcast_to(causal(290, 290), (2, 1, 290, 290)).copy()
-        mask[0, ..., :150] = LOWEST
-        mask[1, ..., 200:] = LOWEST
+        feeds = operands(SPECS[name], batch=2, rows=KEYS + 90, keys=KEYS + 90)
+        mask = np.broadcast_to(causal(KEYS + 90, KEYS + 90), (2, 1, KEYS + 90, KEYS + 90)).copy()
+        mask[0, ..., : KEYS + 20] = LOWEST
+        mask[1, ..., KEYS + 40 :] = LOWEST
         feeds["mask"] = mask
         check(SPECS[name], feeds, run(SPECS[name], library, feeds))
 

@@ -41,7 +41,7 @@ $(VENV)/.core: pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/.test: $(VENV)/.core
-	$(INSTALL) -e ".[torch,test]"
+	$(INSTALL) -e ".[torch,test,signing]"
 	touch $@
 
 .venv-olive/.done: pyproject.toml constraints.txt

@@ -19,12 +19,15 @@ if TYPE_CHECKING:
     from fusenorm.errors import BadInput as BadInput
     from fusenorm.errors import CheckFailed as CheckFailed
     from fusenorm.errors import FusenormError as FusenormError
+    from fusenorm.errors import SlowerFallback as SlowerFallback
     from fusenorm.pipeline import Options as Options
     from fusenorm.pipeline import Result as Result
     from fusenorm.pipeline import compile as compile
     from fusenorm.pipeline import explain as explain
     from fusenorm.pipeline import optimize as optimize
     from fusenorm.report import Report as Report
+    from fusenorm.runtime.compatibility import Compatibility as Compatibility
+    from fusenorm.runtime.compatibility import compatibility as compatibility
     from fusenorm.runtime.session import Session as Session
     from fusenorm.runtime.session import load as load
 
@@ -35,11 +38,14 @@ _HOME = {
     "BadInput": "fusenorm.errors",
     "CheckFailed": "fusenorm.errors",
     "Comparison": "fusenorm.compare",
+    "Compatibility": "fusenorm.runtime.compatibility",
     "FusenormError": "fusenorm.errors",
     "Options": "fusenorm.pipeline",
     "Report": "fusenorm.report",
     "Result": "fusenorm.pipeline",
     "Session": "fusenorm.runtime.session",
+    "SlowerFallback": "fusenorm.errors",
+    "compatibility": "fusenorm.runtime.compatibility",
     "compile": "fusenorm.pipeline",
     "explain": "fusenorm.pipeline",
     "load": "fusenorm.runtime.session",

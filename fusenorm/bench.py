@@ -99,6 +99,7 @@ def bench(
     dims: Mapping[str, int] | None = None,
     threads: int | None = None,
     seconds: float = 2.0,
+    require_signature: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
 ) -> Latency:
     """Measure an artifact against the model it was made from.
@@ -112,6 +113,7 @@ def bench(
         dims: sizes of symbolic axes for the random inputs.
         threads: intra-op threads of every side.
         seconds: how long to measure, all sides together.
+        require_signature: a public key file; the artifact must be signed with its private key.
         progress: called with (side, done, total).
 
     Raises:
@@ -120,11 +122,11 @@ def bench(
     unknown = [name for name in against if name not in AGAINST]
     if unknown:
         raise BadInput(f"cannot measure against '{unknown[0]}': one of {', '.join(AGAINST)}")
-    stored = open_artifact(artifact)
+    stored = open_artifact(artifact, require_signature=require_signature)
     source = stored.manifest["source"]["sha256"]
     if model is not None and source is not None and sha256(Path(model)) != source:
         raise BadInput(f"is not the model {stored.name} was made from", file=model)
-    session = load(stored, threads, _options())
+    session = load(stored, threads, _options(), fallback=False)
     feed = (
         read_npz(inputs, stored.signature.inputs)
         if inputs is not None

@@ -9,21 +9,29 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import json
 import sys
 import tempfile
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from fusenorm import __version__
 from fusenorm.errors import BadInput, CheckFailed, FusenormError
+from fusenorm.printing import (
+    errors,
+    new_table,
+    out,
+    print_comparison,
+    print_json,
+    print_latency,
+    print_report,
+    statuses,
+)
 
 if TYPE_CHECKING:
     from fusenorm.bench import Latency
@@ -50,7 +58,12 @@ Folder = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="A folder made 
 Output = Annotated[Path | None, typer.Option("-o", "--output", help="Where to write.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-TargetName = Annotated[str, typer.Option("--target", help="What to compile for, e.g. cpu.")]
+Targets = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--target", help="cpu (this machine's level) or levels: x86-64-v2,x86-64-v3; repeatable."
+    ),
+]
 NoTune = Annotated[
     bool, typer.Option("--no-tune", help="Take every region, measure none: the same everywhere.")
 ]
@@ -64,6 +77,10 @@ Dims = Annotated[
 Threads = Annotated[
     int | None, typer.Option("--threads", min=1, max=1024, help="Intra-op threads.")
 ]
+Key = Annotated[
+    Path | None,
+    typer.Option("--require-signature", metavar="KEY", help="Refuse what this key did not sign."),
+]
 Limit = Annotated[
     int | None, typer.Option("--limit", min=0, help="Make only the first N rewrites (to bisect).")
 ]
@@ -71,6 +88,7 @@ Limit = Annotated[
 
 def main() -> None:
     """Entry point of the `fusenorm` script."""
+    warnings.showwarning = lambda message, *_: _say(str(message), "warning")
     try:
         app()
     except Exception as error:  # The process ends here: a mistake of ours is one line, too.
@@ -122,7 +140,7 @@ def _root(
 def optimize(
     model: Model,
     output: Output = None,
-    target: TargetName = "cpu",
+    target: Targets = None,
     emit: Annotated[
         str, typer.Option(help="artifact: a folder with compiled kernels; onnx: one file.")
     ] = "artifact",
@@ -154,7 +172,12 @@ def optimize(
             _save_checked(result, destination, check)
         else:
             artifact = pipeline.compile(
-                result, target=target, inputs=inputs, dims=dims, tune=not no_tune, progress=step
+                result,
+                target=target or "cpu",
+                inputs=inputs,
+                dims=dims,
+                tune=not no_tune,
+                progress=step,
             )
             artifact.save(destination, check=check)
             if check.comparison is not None and not no_bench:
@@ -164,13 +187,13 @@ def optimize(
     report = result.report.as_dict()
     if as_json:
         outcome = {**check.as_dict(), "latency": None if latency is None else latency.as_dict()}
-        _print_json({**report, "output": str(destination), **outcome})
+        print_json({**report, "output": str(destination), **outcome})
         return
-    _print_report(report)
+    print_report(report)
     check.print()
     if latency is not None:
-        _print_latency(latency)
-    _out().print(f"saved {destination}", soft_wrap=True)
+        print_latency(latency)
+    out().print(f"saved {destination}", soft_wrap=True)
 
 
 @_command
@@ -187,10 +210,10 @@ def explain(
 
     report = pipeline.explain(model).as_dict()
     if as_json:
-        _print_json(report)
+        print_json(report)
     else:
-        _print_report(report)
-    fused = _statuses(report)["fused"]
+        print_report(report)
+    fused = statuses(report)["fused"]
     if expect is not None and fused != expect:
         raise CheckFailed(f"{fused} sites fused, {expect} expected", file=model)
 
@@ -206,17 +229,25 @@ def verify(
     tolerance: Annotated[
         float | None, typer.Option(min=0, help="Relative to the largest value; else by depth.")
     ] = None,
+    require_signature: Key = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Compare the outputs of two models; exit with 1 if they differ."""
+    """Compare the outputs of two models, libraries included; exit with 1 if they differ."""
     from fusenorm import compare
 
-    comparison = compare.verify(a, b, inputs, dims=_dims(dim), tolerance=tolerance)
+    comparison = compare.verify(
+        a,
+        b,
+        inputs,
+        dims=_dims(dim),
+        tolerance=tolerance,
+        require_signature=require_signature,
+    )
     if as_json:
-        _print_json(comparison.as_dict())
+        print_json(comparison.as_dict())
     else:
-        _print_comparison(comparison)
+        print_comparison(comparison)
     if not comparison.ok:
         raise CheckFailed(str(comparison))
 
@@ -234,6 +265,7 @@ def bench(
     dim: Dims = None,
     threads: Threads = None,
     seconds: Annotated[float, typer.Option(min=0, help="How long to measure.")] = 4.0,
+    require_signature: Key = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -253,19 +285,20 @@ def bench(
             dims=_dims(dim),
             threads=threads,
             seconds=seconds,
+            require_signature=require_signature,
             progress=step,
         )
     if as_json:
-        _print_json(latency.as_dict())
+        print_json(latency.as_dict())
     else:
-        _print_latency(latency)
+        print_latency(latency)
 
 
 @_command
 def compile(
     model: Annotated[Path, typer.Argument(metavar="MODEL.onnx", help="A fused model.")],
     output: Output = None,
-    target: TargetName = "cpu",
+    target: Targets = None,
     no_tune: NoTune = False,
     as_json: AsJson = False,
     debug: Debug = False,
@@ -275,14 +308,14 @@ def compile(
 
     destination = output or Path(f"{model.stem}.fnorm")
     with _progress(as_json) as step:
-        artifact = pipeline.compile(model, target=target, tune=not no_tune, progress=step)
+        artifact = pipeline.compile(model, target=target or "cpu", tune=not no_tune, progress=step)
         check = _Check(model, destination, None, {})
         artifact.save(destination, check=check)
     if as_json:
-        _print_json({"output": str(destination), "target": target, **check.as_dict()})
+        print_json({"output": str(destination), "target": artifact.target, **check.as_dict()})
     else:
         check.print()
-        _out().print(f"saved {destination}", soft_wrap=True)
+        out().print(f"saved {destination}", soft_wrap=True)
 
 
 @_command
@@ -296,6 +329,10 @@ def run(
     no_library: Annotated[
         bool, typer.Option("--no-library", help="Run as plain ONNX, without compiled kernels.")
     ] = False,
+    no_fallback: Annotated[
+        bool, typer.Option("--no-fallback", help="Fail where no library suits this machine.")
+    ] = False,
+    require_signature: Key = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -303,7 +340,13 @@ def run(
     from fusenorm.artifact import read_npz, write_npz
     from fusenorm.runtime.session import ORT_ERRORS, load
 
-    session = load(artifact, threads, library=not no_library)
+    session = load(
+        artifact,
+        threads,
+        library=not no_library,
+        fallback=not no_fallback,
+        require_signature=require_signature,
+    )
     feed = read_npz(inputs, session.signature.inputs)
     try:
         values = session.run(None, feed)
@@ -317,29 +360,37 @@ def run(
         write_npz(output, results)
     shapes = {name: f"{value.dtype}{list(value.shape)}" for name, value in results.items()}
     if as_json:
-        _print_json({"outputs": shapes, "saved": None if output is None else str(output)})
+        print_json({"outputs": shapes, "saved": None if output is None else str(output)})
         return
-    table = _table("output", "type", "min", "mean", "max")
+    table = new_table("output", "type", "min", "mean", "max")
     for name, value in results.items():
         wide = value.astype("float64")
         spread = (wide.min(), wide.mean(), wide.max()) if wide.size else ()
         table.add_row(name, shapes[name], *(f"{number:.6g}" for number in spread))
-    _out().print(table)
+    out().print(table)
 
 
 @_command
-def inspect(artifact: Folder, as_json: AsJson = False, debug: Debug = False) -> None:
-    """Check an artifact's files and say what it holds and needs."""
+def inspect(
+    artifact: Folder,
+    require_signature: Key = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Check an artifact's files and say what it holds, and whether it runs here."""
     from fusenorm.artifact import open_artifact
+    from fusenorm.runtime.compatibility import compatibility
     from fusenorm.runtime.host import Host
 
-    stored = open_artifact(artifact)
-    host = Host.detect()
-    lacks = {library.level: host.lacks(library) for library in stored.libraries}
+    stored = open_artifact(artifact, require_signature=require_signature)
+    host = Host.detect(gpus=any(library.cuda for library in stored.libraries))
+    lacks = {library.variant: host.lacks(library) for library in stored.libraries}
+    found = compatibility(stored)
     if as_json:
-        _print_json({**stored.manifest, "lacks": lacks})
+        print_json({**stored.manifest, "lacks": lacks, "compatibility": found.as_dict()})
         return
-    table = _table("name", "value")
+    table = new_table("name", "value")
+    table.add_row("compatibility", f"{found.status}: {found.reason}")
     for key in ("name", "target"):
         table.add_row(key, str(stored.manifest[key]))
     for key, value in (*stored.manifest["source"].items(), *stored.manifest["versions"].items()):
@@ -349,11 +400,33 @@ def inspect(artifact: Folder, as_json: AsJson = False, debug: Debug = False) -> 
     for tensor in stored.signature.outputs:
         table.add_row("output", f"{tensor.name}: {tensor}")
     for library in stored.libraries:
-        table.add_row("library", f"{library.level}: {lacks[library.level] or 'runs here'}")
+        table.add_row("library", f"{library.variant}: {lacks[library.variant] or 'runs here'}")
         table.add_row("fused ops", ", ".join(library.op_types))
     for entry in stored.manifest["files"]:
         table.add_row("file", f"{entry['path']}  {entry['size']} bytes")
-    _out().print(table)
+    out().print(table)
+
+
+@_command
+def pack(
+    artifact: Folder,
+    oci: Annotated[bool, typer.Option("--oci", help="As an OCI image layout (ModelPack).")] = False,
+    output: Output = None,
+    require_signature: Key = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Pack an artifact to be pushed to a registry."""
+    from fusenorm.artifact.oci import pack_oci
+
+    if not oci:
+        raise BadInput("pack needs a format: give --oci")
+    destination = output or Path(f"{artifact.resolve().name}.oci")
+    digest = pack_oci(artifact, destination, require_signature=require_signature)
+    if as_json:
+        print_json({"output": str(destination), "digest": digest})
+    else:
+        out().print(f"saved {destination} ({digest})", soft_wrap=True)
 
 
 @_command
@@ -369,7 +442,7 @@ def rules(
     if not chosen:
         raise BadInput(f"no rule '{name}': {', '.join(rule.name for rule in RULES)}")
     if as_json:
-        _print_json(
+        print_json(
             {
                 "rules": [
                     {"name": r.name, "summary": r.summary, "documentation": r.documentation}
@@ -380,23 +453,23 @@ def rules(
     elif name is not None:
         typer.echo(chosen[0].documentation)
     else:
-        table = _table("rule", "what it does")
+        table = new_table("rule", "what it does")
         for rule in chosen:
             table.add_row(rule.name, rule.summary)
-        _out().print(table)
+        out().print(table)
 
 
-def _say(message: str) -> None:
-    line = " ".join(f"error: {message}".split())
-    _errors().print(line, soft_wrap=True)
+def _say(message: str, kind: str = "error") -> None:
+    line = " ".join(f"{kind}: {message}".split())
+    errors().print(line, soft_wrap=True)
 
 
 class _Check:
     """Compares what was made with its source; called before it is put in place.
 
     A source that onnxruntime itself cannot run on random inputs is not compared, nor one with
-    large weights unless inputs are given: the reason is reported, and the rewrites were still
-    validated one by one.
+    large weights unless inputs are given, nor one compiled for other machines: the reason is
+    reported, and the rewrites were still validated one by one.
     """
 
     def __init__(
@@ -419,7 +492,13 @@ class _Check:
 
     def __call__(self, made: Path) -> None:
         from fusenorm import compare
+        from fusenorm.runtime.compatibility import compatibility
 
+        if made.is_dir():
+            found = compatibility(made)
+            if found.status != "ok":
+                self.reason = found.reason
+                return
         try:
             comparison = compare.verify(self.model, made, self.inputs, dims=self.dims)
         except compare.CannotRun as error:
@@ -437,9 +516,9 @@ class _Check:
 
     def print(self) -> None:
         if self.comparison is not None:
-            _print_comparison(self.comparison)
+            print_comparison(self.comparison)
         else:
-            _out().print(f"not compared with its source: {self.reason}", soft_wrap=True)
+            out().print(f"not compared with its source: {self.reason}", soft_wrap=True)
 
 
 def _save_checked(result: Result, destination: Path, check: _Check) -> None:
@@ -471,14 +550,6 @@ def _dims(given: Sequence[str] | None) -> dict[str, int]:
     return found
 
 
-def _out() -> Console:
-    return Console(width=None if sys.stdout.isatty() else 160, markup=False, highlight=False)
-
-
-def _errors() -> Console:
-    return Console(stderr=True, markup=False, highlight=False)
-
-
 @contextlib.contextmanager
 def _progress(as_json: bool) -> Iterator[Step | None]:
     """A callback that draws bars on stderr; None where nobody looks."""
@@ -491,73 +562,10 @@ def _progress(as_json: bool) -> Iterator[Step | None]:
         MofNCompleteColumn(),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=_errors(), transient=True) as progress:
+    with Progress(*columns, console=errors(), transient=True) as progress:
         task = progress.add_task("")
 
         def step(stage: str, done: int, total: int) -> None:
             progress.update(task, description=stage, completed=done, total=total)
 
         yield step
-
-
-def _table(*columns: str, title: str | None = None) -> Table:
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    return table
-
-
-def _print_json(value: object) -> None:
-    typer.echo(json.dumps(value, indent=2, ensure_ascii=False, default=str))
-
-
-def _statuses(report: Mapping[str, Any]) -> dict[str, int]:
-    counts = dict.fromkeys(("fused", "native", "refused"), 0)
-    for site in report["sites"]:
-        counts[site["status"]] += 1
-    return counts
-
-
-def _print_report(report: Mapping[str, Any]) -> None:
-    console = _out()
-    sites = _table("op", "status", "kind or reason", "output", "nodes")
-    for site in report["sites"]:
-        reason = ": ".join(site[key] for key in ("reason", "detail") if site.get(key))
-        output, nodes = site["output"], str(len(site["nodes"]))
-        sites.add_row(site["op"], site["status"], reason or site.get("kind", ""), output, nodes)
-    if report["sites"]:
-        console.print(sites)
-        console.print()
-    counts = _statuses(report)
-    summary = f"{len(report['sites'])} sites: " + ", ".join(
-        f"{n} {name}" for name, n in counts.items()
-    )
-    ops = ", ".join(f"{op} {number}" for op, number in report["counts"].items())
-    console.print(f"{summary} ({ops})" if ops else summary)
-    for name, value in report.get("checks", {}).items():
-        console.print(f"check {name}: {value}")
-
-
-def _print_comparison(comparison: Comparison) -> None:
-    table = _table("output", "type", "max abs", "max relative", "bound", "ulps", "verdict")
-    for output in comparison.outputs:
-        table.add_row(
-            output.name,
-            f"{output.dtype}{list(output.shape)}",
-            f"{output.max_abs:.3g}",
-            f"{output.max_relative:.3g}",
-            f"{output.tolerance:.3g}",
-            "" if output.max_ulps is None else str(output.max_ulps),
-            output.reason or "agrees",
-        )
-    _out().print(table)
-
-
-def _print_latency(latency: Latency) -> None:
-    table = _table("latency", "median ms", "fastest ms", "relative to ours")
-    for row in latency.rows:
-        table.add_row(row.name, f"{row.median:.3f}", f"{row.fastest:.3f}", f"{row.relative:.2f}×")
-    console = _out()
-    console.print(table)
-    shapes = ", ".join(f"{name} {list(shape)}" for name, shape in latency.shapes.items())
-    console.print(f"{latency.rounds} runs each, in turns; {shapes}")

@@ -21,6 +21,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from fusenorm.artifact import Golden, Stored, open_artifact, read_npz
+from fusenorm.difference import Difference, difference, is_float
 from fusenorm.errors import BadInput
 from fusenorm.model_io import load_model
 from fusenorm.runtime.session import LOAD_ERRORS, ORT_ERRORS, Session, load
@@ -42,35 +43,6 @@ class CannotRun(BadInput):
     def __init__(self, message: str, path: Path) -> None:
         super().__init__(message, file=path)
         self.path = path
-
-
-@dataclasses.dataclass(frozen=True)
-class Difference:
-    """How far one output of B is from A's.
-
-    Attributes:
-        name: the output.
-        dtype: its type.
-        shape: its shape in the first run.
-        max_abs: largest absolute difference.
-        max_relative: the same relative to A's largest value.
-        max_ulps: largest difference in units in the last place, only for 16-bit types.
-        tolerance: the bound on `max_relative`.
-        reason: why it does not agree, None if it does.
-    """
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    max_abs: float
-    max_relative: float
-    max_ulps: int | None
-    tolerance: float
-    reason: str | None
-
-    @property
-    def ok(self) -> bool:
-        return self.reason is None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,6 +103,7 @@ def verify(
     dims: Mapping[str, int] | None = None,
     tolerance: float | None = None,
     seed: int = 0,
+    require_signature: str | os.PathLike[str] | None = None,
 ) -> Comparison:
     """Compare the outputs of two models, A being the reference.
 
@@ -144,16 +117,21 @@ def verify(
         dims: sizes of symbolic axes for the random inputs.
         tolerance: on the difference relative to the largest value; None: by depth, see above.
         seed: of the random inputs.
+        require_signature: a public key file; artifacts must be signed with its private key.
 
     Raises:
         CannotRun: onnxruntime cannot load or run one of them.
-        BadInput: one cannot be read, or the two have different inputs or outputs.
+        BadInput: one cannot be read, the two have different inputs or outputs, an artifact is not
+            signed as required, or has no library for this machine.
     """
-    pair = (_Side(a), _Side(a if b is None else b))
+    pair = (
+        _Side(a, require_signature=require_signature),
+        _Side(a if b is None else b, require_signature=require_signature),
+    )
     epsilon = max(side.epsilon for side in pair)
-    depth = max(_LEAST_DEPTH, *(side.depth for side in pair))
+    depth = max(side.depth for side in pair)
     if tolerance is None:
-        tolerance = (4 if epsilon < _COARSE else 2) * epsilon * math.sqrt(depth)
+        tolerance = _tolerance(epsilon, depth)
     runs: list[Mapping[str, int]] = []
     worst: dict[str, Difference] = {}
     for ours, theirs, run in _outputs(pair, b is None, inputs, dims, seed):
@@ -163,37 +141,6 @@ def verify(
             worst[name] = max(worst.get(name, found), found, key=_badness)
     names = (os.fspath(a), "its recorded run" if b is None else os.fspath(b))
     return Comparison(*names, tuple(worst.values()), tuple(runs), depth, epsilon, tolerance)
-
-
-def difference(name: str, a: np.ndarray, b: np.ndarray, tolerance: float) -> Difference:
-    """Compare one output, A being the reference."""
-
-    def result(
-        reason: str | None, absolute: float = 0.0, relative: float = 0.0, ulps: int | None = None
-    ) -> Difference:
-        shape = tuple(a.shape)
-        return Difference(name, str(a.dtype), shape, absolute, relative, ulps, tolerance, reason)
-
-    if a.dtype != b.dtype or a.shape != b.shape:
-        return result(f"{b.dtype}{list(b.shape)} instead of {a.dtype}{list(a.shape)}", math.inf)
-    if not _is_float(a.dtype):
-        unequal = int(np.count_nonzero(a != b))
-        return result(f"{unequal} of {a.size} values differ" if unequal else None, float(unequal))
-    wide_a, wide_b = a.astype(np.float64), b.astype(np.float64)
-    if not np.array_equal(np.isnan(wide_a), np.isnan(wide_b)):
-        return result("NaN at different places", math.inf, math.inf)
-    infinite = np.isinf(wide_a) | np.isinf(wide_b)
-    if not np.array_equal(wide_a[infinite], wide_b[infinite]):
-        return result("infinities at different places", math.inf, math.inf)
-    finite = np.isfinite(wide_a)
-    wide_a, wide_b = wide_a[finite], wide_b[finite]
-    absolute = float(np.max(np.abs(wide_a - wide_b), initial=0.0))
-    scale = float(np.max(np.abs(wide_a), initial=0.0))
-    relative = absolute / scale if scale else (math.inf if absolute else 0.0)
-    ulps = _ulps(a[finite], b[finite]) if a.dtype.itemsize == 2 else None
-    if relative <= tolerance:
-        return result(None, absolute, relative, ulps)
-    return result(f"{relative:.3g} of the largest value", absolute, relative, ulps)
 
 
 def golden(
@@ -216,33 +163,43 @@ def golden(
         BadInput: it cannot be read.
     """
     side = _Side(model, library=False)
+    tolerance = _tolerance(side.epsilon, side.depth)
     if inputs is None:
         feed, outputs, _ = next(_random_runs(side, dims, seed))
-        return Golden(feed, outputs)
+        return Golden(feed, outputs, tolerance)
     given = _given(inputs, side.signature)
-    return Golden(given, side.run(given))
+    return Golden(given, side.run(given), tolerance)
 
 
 class _Side:
     """One of the models compared."""
 
-    def __init__(self, path: str | os.PathLike[str], library: bool = True) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        library: bool = True,
+        require_signature: str | os.PathLike[str] | None = None,
+    ) -> None:
         self.path = Path(path)
         options = ort.SessionOptions()
         options.log_severity_level = 4  # what goes wrong is raised
-        stored = open_artifact(self.path) if self.path.is_dir() else None
+        stored = (
+            open_artifact(self.path, require_signature=require_signature)
+            if self.path.is_dir()
+            else None
+        )
         if stored is None or not library:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         model = load_model(self.path if stored is None else stored.model)
         self.session = self._load(stored or self.path, options, library)
         self.signature = Signature.of_model(model)
-        self.depth = _depth(model)
+        self.depth = max(_LEAST_DEPTH, _depth(model))
         self.epsilon = _epsilon(model, self.signature)
         self.golden = None if stored is None else stored.golden()
 
     def _load(self, what: Path | Stored, options: ort.SessionOptions, library: bool) -> Session:
         try:
-            return load(what, session_options=options, library=library)
+            return load(what, session_options=options, library=library, fallback=False)
         except BadInput as error:
             if isinstance(error.__cause__, LOAD_ERRORS):
                 raise CannotRun(
@@ -321,22 +278,13 @@ def _random_runs(
         raise refusal
 
 
+def _tolerance(epsilon: float, depth: int) -> float:
+    """The bound of this module's docstring."""
+    return (4 if epsilon < _COARSE else 2) * epsilon * math.sqrt(depth)
+
+
 def _badness(found: Difference) -> tuple[bool, float]:
     return (not found.ok, found.max_relative)
-
-
-def _is_float(dtype: np.dtype) -> bool:
-    return dtype.kind == "f" or dtype == ml_dtypes.bfloat16
-
-
-def _ulps(a: np.ndarray, b: np.ndarray) -> int:
-    """Largest distance in representable 16-bit numbers."""
-
-    def ordinal(values: np.ndarray) -> np.ndarray:
-        bits = values.view(np.int16).astype(np.int32)
-        return np.where(bits < 0, -(bits & 0x7FFF), bits)
-
-    return int(np.max(np.abs(ordinal(a) - ordinal(b)), initial=0))
 
 
 def _epsilon(model: ir.Model, signature: Signature) -> float:
@@ -347,7 +295,7 @@ def _epsilon(model: ir.Model, signature: Signature) -> float:
         for value in model.graph.initializers.values()
         if value.dtype is not None and value.dtype.is_floating_point()
     }
-    found = [float(ml_dtypes.finfo(dtype).eps) for dtype in dtypes if _is_float(dtype)]
+    found = [float(ml_dtypes.finfo(dtype).eps) for dtype in dtypes if is_float(dtype)]
     return max(found, default=float(np.finfo(np.float32).eps))
 
 

@@ -28,3 +28,7 @@ class BadInput(FusenormError):
 
 class CheckFailed(FusenormError):
     """A comparison or verification came out negative (exit code 1)."""
+
+
+class SlowerFallback(RuntimeWarning):
+    """An artifact runs without its library, slower: none of its libraries suits this machine."""

@@ -18,7 +18,7 @@ import onnx_ir as ir
 
 from fusenorm.errors import BadInput
 
-# Above this the weights go to a file of their own (protobuf ends at 2 GiB).
+# Above this the weights of a file go to one of their own (protobuf ends at 2 GiB).
 EXTERNAL_DATA_BYTES = 1 << 30
 SMALL_BYTES = 1 << 8  # shapes and scalars stay inside, where shape inference reads them
 DATA_SUFFIX = ".data"
@@ -151,12 +151,14 @@ def weight_bytes(model: ir.Model) -> int:
     return sum(tensor.nbytes for tensor in _tensors(model).values())
 
 
-def save_model(model: ir.Model, path: str | os.PathLike[str]) -> list[Path]:
+def save_model(
+    model: ir.Model, path: str | os.PathLike[str], most: int = EXTERNAL_DATA_BYTES
+) -> list[Path]:
     """Write a model, whole or not at all.
 
-    Weights in memory go inside, above 1 GiB to NAME.data beside it. Files of weights in or below
-    the model's folder stay where they are, and the model refers to them; others are cloned or
-    copied to NAME.data, NAME.data.1 ... No file that weights are read from is written to.
+    Weights in memory go inside, above `most` bytes to NAME.data beside it. Files of weights in or
+    below the model's folder stay where they are, and the model refers to them; others are cloned
+    or copied to NAME.data, NAME.data.1 ... No file that weights are read from is written to.
 
     Returns:
         The files written.
@@ -173,7 +175,7 @@ def save_model(model: ir.Model, path: str | os.PathLike[str]) -> list[Path]:
         raise BadInput(f"cannot write here: {error.strerror}", file=file.parent) from error
     try:
         try:
-            with _weights_for(model, file, stage):
+            with _weights_for(model, file, stage, most):
                 ir.save(model, stage / file.name)
         except OSError as error:
             raise BadInput(f"cannot be written: {error.strerror}", file=file) from error
@@ -186,17 +188,18 @@ def save_model(model: ir.Model, path: str | os.PathLike[str]) -> list[Path]:
 
 
 @contextlib.contextmanager
-def _weights_for(model: ir.Model, file: Path, stage: Path) -> Iterator[None]:
+def _weights_for(model: ir.Model, file: Path, stage: Path, most: int) -> Iterator[None]:
     """Let the model refer to its weights as seen from `file`; those to be written are in `stage`.
 
     Args:
         model: its initializers are as before afterwards.
         file: where the model will be.
         stage: what is put here goes beside it.
+        most: bytes of weights that may go inside.
     """
     before = _tensors(model)
     moved = {v: tensor for v, tensor in before.items() if not isinstance(tensor, ir.ExternalTensor)}
-    write = sum(tensor.nbytes for tensor in moved.values()) > EXTERNAL_DATA_BYTES
+    write = sum(tensor.nbytes for tensor in moved.values()) > most
     home = file.parent.resolve()
     files: dict[Path, dict[ir.Value, ir.ExternalTensor]] = {}
     for value, tensor in before.items():

@@ -10,7 +10,7 @@ import importlib.metadata
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -261,18 +261,19 @@ def fused_specs(model: ir.Model) -> list[OpSpec]:
 
 def compile(
     model: Result | str | os.PathLike[str] | onnx.ModelProto | ir.Model,
-    target: str = "cpu",
+    target: str | Sequence[str] = "cpu",
     *,
     inputs: str | os.PathLike[str] | Mapping[str, np.ndarray] | None = None,
     dims: Mapping[str, int] | None = None,
     tune: bool = True,
     progress: Progress | None = None,
 ) -> Artifact:
-    """Lower the fused ops of a model to one kernel library and pack both.
+    """Lower the fused ops of a model to a kernel library per target and pack them with it.
 
     Args:
         model: what optimize returned, or anything it takes (which is optimised first).
-        target: `cpu` for this machine's level, or a level such as `x86-64-v3`.
+        target: `cpu` for this machine's level, or a level such as `x86-64-v3`; several in a list
+            or joined by commas. The weights are packed once for all.
         inputs: arrays by name, or an .npz of them, for the recorded run; else random ones.
         dims: sizes of symbolic axes for random inputs.
         tune: leave regions to onnxruntime that are measured to run slower here; False takes all,
@@ -291,16 +292,23 @@ def compile(
     from fusenorm.lower import Target
     from fusenorm.tune import Paying, slower
 
-    machine = Target.parse(target)
+    asked = target if isinstance(target, str) else ",".join(target)
+    targets = Target.parse_all(asked)
     with tempfile.TemporaryDirectory() as scratch:
         model, regions = lower_regions(result.model)
-        library = _build(model, machine, Path(scratch, "fusenorm_ops.so"))
-        if tune and library is not None and machine.runs_here:
-            slow = slower(model, library.path, machine.level)
+        built: dict[Target, LibraryInfo | None] = {}
+        best = next((one for one in targets if one.runs_here), None)
+        if tune and best is not None:
+            library = built[best] = _build(model, best, Path(scratch, f"{best}.so"))
+            slow = slower(model, library.path, best.level) if library else {}
             if slow:
                 model, regions = lower_regions(result.model, Paying(Validator(), slow))
-                library = _build(model, machine, Path(scratch, "fewer_ops.so"))
-        libraries = [] if library is None else [Library.of(library)]
+                built.clear()
+        for one in targets:
+            if one not in built:
+                built[one] = _build(model, one, Path(scratch, f"{one}.so"))
+        ordered = (built[one] for one in targets)
+        libraries = [Library.of(library) for library in ordered if library is not None]
         if progress:
             progress("record a golden run", 1, 1)
         portable = Path(scratch, "model.onnx")
@@ -319,7 +327,7 @@ def compile(
         model=model,
         report={**result.report.as_dict(), "regions": [site.as_dict() for site in regions]},
         libraries=libraries,
-        target=target,
+        target=asked,
         source=Source(summary["sha256"], summary["opset"], summary["ir_version"]),
         golden=recorded,
     )

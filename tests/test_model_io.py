@@ -254,17 +254,14 @@ def test_files_are_cloned_where_that_can_be_done(
     assert (tmp_path / "b").read_bytes() == b"clone of a"
 
 
-def test_the_weights_being_read_are_not_overwritten(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_weights_being_read_are_not_overwritten(tmp_path: Path) -> None:
     """Not even by weights in memory that go outside, under the name of that very file."""
     path = _external(tmp_path, "fused.onnx.data")
     (tmp_path / "weights.bin").rename(tmp_path / "fused.onnx.data")
     loaded = load_model(path)
     added = ir.val("added", const_value=ir.tensor(2 * WEIGHT, name="added"))
     loaded.graph.register_initializer(added)
-    monkeypatch.setattr(model_io, "EXTERNAL_DATA_BYTES", 10)
-    written = save_model(loaded, tmp_path / "fused.onnx")
+    written = save_model(loaded, tmp_path / "fused.onnx", most=10)
     assert [file.name for file in written] == ["fused.onnx.data.1", "fused.onnx"]
     assert (tmp_path / "fused.onnx.data").read_bytes() == WEIGHT.tobytes()
     again = load_model(tmp_path / "fused.onnx")

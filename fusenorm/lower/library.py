@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from fusenorm.artifact import Cuda
 from fusenorm.errors import BadInput, FusenormError
 from fusenorm.kernels import supports, symbols
 from fusenorm.lower.elf import read_needs
@@ -38,6 +39,7 @@ class LibraryInfo:
         glibc: least glibc that can load it, None if it asks for none.
         undefined: symbols it takes from other libraries.
         libraries: those libraries.
+        cuda: its GPU code, None if it runs on the CPU.
     """
 
     path: Path
@@ -47,6 +49,7 @@ class LibraryInfo:
     glibc: str | None
     undefined: tuple[str, ...]
     libraries: tuple[str, ...]
+    cuda: Cuda | None = None
 
 
 def build_library(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import platform
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Literal, Self
 
@@ -61,6 +61,20 @@ class Target:
             if text == level:
                 return cls("cpu", level)
         raise BadInput(f"unknown target '{text}': give cpu or one of {', '.join(_FEATURES)}")
+
+    @classmethod
+    def parse_all(cls, texts: str | Iterable[str]) -> list[Self]:
+        """Several targets, each once, the most demanding first.
+
+        Args:
+            texts: what `parse` takes, also joined by commas.
+
+        Raises:
+            BadInput: one is unknown.
+        """
+        given = [texts] if isinstance(texts, str) else texts
+        found = {cls.parse(part.strip()) for text in given for part in text.split(",")}
+        return sorted(found, key=lambda target: list(_FEATURES).index(target.level))
 
     @property
     def machine(self) -> str:

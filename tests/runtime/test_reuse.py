@@ -14,6 +14,7 @@ import fusenorm
 from fusenorm.artifact import Artifact, open_artifact
 from fusenorm.errors import BadInput
 from tests.graphs import model, rows
+from tests.runtime.test_artifact import edit
 
 X = {"x": rows(2, 3, 8)}
 
@@ -96,7 +97,7 @@ def test_a_failed_replacement_keeps_the_old_artifact(
     artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     target = artifact.save(tmp_path / "kept.fnorm")
-    monkeypatch.setattr("fusenorm.artifact._exchange", lambda one, other: False)
+    monkeypatch.setattr("fusenorm.artifact.place._exchange", lambda one, other: False)
     rename, calls = Path.rename, []
 
     def failing(self: Path, to: Path) -> Path:
@@ -115,12 +116,7 @@ def test_a_failed_replacement_keeps_the_old_artifact(
 
 @pytest.mark.parametrize("key", ["name", "target", "versions", "source", "report", "libraries"])
 def test_a_manifest_that_lacks_a_part(folder: Path, key: str) -> None:
-    import json
-
-    path = folder / "manifest.json"
-    manifest = json.loads(path.read_text())
-    del manifest[key]
-    path.write_text(json.dumps(manifest))
+    edit(folder, lambda manifest: manifest.pop(key))
     with pytest.raises(BadInput, match="malformed manifest"):
         open_artifact(folder)
 

@@ -10,7 +10,7 @@ import pytest
 
 import fusenorm
 from fusenorm.artifact import Library, open_artifact
-from fusenorm.errors import BadInput
+from fusenorm.errors import BadInput, SlowerFallback
 from fusenorm.runtime.host import Host, choose
 
 V2 = Library("v2", "x86_64", ("sse4_2",), "2.17", (), Path("v2.so"))
@@ -101,7 +101,13 @@ def test_a_library_for_another_machine_is_never_loaded(artifact, tmp_path, feed)
     folder = dataclasses.replace(artifact, libraries=[library]).save(tmp_path / "quantum")
     message = r"lib/v2 (needs CPU features this machine lacks: quantum|is built for x86_64)"
     with pytest.raises(BadInput, match=message):
-        fusenorm.load(folder)
+        fusenorm.load(folder, fallback=False)
+    with pytest.warns(SlowerFallback, match=message) as warned:
+        session = fusenorm.load(folder)
+    assert "\n" not in str(warned[0].message)
+    assert warned[0].filename == __file__
+    assert session.run(None, feed)[0].shape == (2, 3, 8)
+    assert session.metrics.snapshot().start.fallback
     assert fusenorm.load(folder, library=False).run(None, feed)[0].shape == (2, 3, 8)
 
 
@@ -129,4 +135,4 @@ def test_detect_reads_cpuinfo(tmp_path, key) -> None:
     path = tmp_path / "cpuinfo"
     path.write_text(f"processor\t: 0\n{key}\t\t: fpu asimd avx2\n\n{key}\t: other\n")
     assert Host.detect(path).features == {"fpu", "asimd", "avx2"}
-    assert Host.detect(tmp_path / "none").features == frozenset()
+    assert Host.detect(tmp_path / "none").features is None

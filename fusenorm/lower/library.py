@@ -147,9 +147,11 @@ def _compiler(target: Target) -> list[str]:
     Raises:
         BadInput: none was found.
     """
+    # Told the machine, zig compiles for the least CPU of it; else for the one it runs on.
+    zig = [sys.executable, "-m", "ziglang", "cc", "-target", f"{target.machine}-linux-gnu"]
     if target.machine != Target.host().machine:
         if importlib.util.find_spec("ziglang"):
-            return [sys.executable, "-m", "ziglang", "cc", "-target", f"{target.machine}-linux-gnu"]
+            return zig
         raise BadInput(f"a library for {target.machine} is linked by zig: pip install ziglang")
     if os.environ.get("CC"):
         return shlex.split(os.environ["CC"])
@@ -158,7 +160,7 @@ def _compiler(target: Target) -> list[str]:
         if found:
             return [found]
     if importlib.util.find_spec("ziglang"):
-        return [sys.executable, "-m", "ziglang", "cc"]
+        return zig
     raise BadInput("no C compiler: install gcc or clang, or pip install ziglang")
 
 

@@ -13,7 +13,7 @@ import pytest
 from fusenorm.errors import BadInput
 from fusenorm.lower import Target, build_library
 from fusenorm.lower.elf import read_needs
-from fusenorm.lower.library import compile_module
+from fusenorm.lower.library import _compiler, compile_module
 from fusenorm.lower.table import table
 from fusenorm.lower.target import Level
 from fusenorm.ops import Gated, Norm
@@ -118,6 +118,16 @@ def test_a_missing_compiler_says_what_to_install(
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(BadInput, match="pip install ziglang"):
         build_library([SPECS[0]], Target.host(), tmp_path / "a.so")
+
+
+def test_zig_does_not_compile_for_the_cpu_it_runs_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    command = _compiler(Target.host())
+    assert command[-2:] == ["-target", f"{Target.host().machine}-linux-gnu"]
 
 
 def test_text_is_no_library(tmp_path: Path) -> None:

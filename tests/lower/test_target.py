@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import platform
+import re
 
 import pytest
 
@@ -34,3 +35,28 @@ def test_an_unknown_target_is_refused_with_the_known_ones() -> None:
 def test_tvm_is_told_the_level() -> None:
     assert Target.parse("x86-64-v4").tvm["mcpu"] == "x86-64-v4"
     assert "aarch64" in str(Target.parse("aarch64").tvm["mtriple"])
+
+
+# LLVM's names that /proc/cpuinfo spells otherwise; crc32 is part of SSE 4.2.
+CPUINFO = {"sahf": "lahf_lm", "sse3": "pni", "lzcnt": "abm", "bmi": "bmi1", "crc32": "sse4_2"}
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("level", ["x86-64-v2", "x86-64-v3", "x86-64-v4"])
+def test_features_are_those_llvm_may_use(level: str) -> None:
+    from tvm.target import Target as TvmTarget
+    from tvm.target import codegen
+
+    def features(cpu: str) -> set[str]:
+        target = TvmTarget({**Target.parse(level).tvm, "mcpu": cpu})
+        return {str(name) for name in codegen.llvm_get_cpu_features(target)}
+
+    tuning = re.compile(r".*-.*|macrofusion|nopl|vzeroupper")
+    extra = {n for n in features(level) - features("x86-64") if not tuning.fullmatch(n)}
+    assert {CPUINFO.get(n, n.replace(".", "_")) for n in extra} == set(Target.parse(level).features)
+
+
+def test_several_targets_come_the_most_demanding_first() -> None:
+    found = Target.parse_all(["x86-64-v2, x86-64-v4", "x86-64-v3", "x86-64-v2"])
+    assert [target.level for target in found] == ["x86-64-v4", "x86-64-v3", "x86-64-v2"]
+    assert Target.parse_all("cpu") == [Target.host()]

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Hashable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
@@ -168,24 +169,30 @@ def _check_tensor(
     shape, dtype = getattr(value, "shape", None), getattr(value, "dtype", None)
     if not tensor.dtype or shape is None or dtype is None:
         return
-    given = f"input '{tensor.name}' is {_dtype_name(dtype)}{_brackets(tuple(shape))}"
-    wanted = f"the model takes {tensor}"
+
+    def refused(more: str = "") -> BadInput:
+        given = f"{_dtype_name(dtype)}{_brackets(tuple(shape))}"
+        return BadInput(
+            f"input '{tensor.name}' is {given}: the model takes {tensor}{more}", file=file
+        )
+
     if _dtype_name(dtype) != tensor.dtype:
-        raise BadInput(f"{given}: {wanted}", file=file)
+        raise refused()
     if tensor.shape is None:
         return
     if len(shape) != len(tensor.shape):
-        raise BadInput(f"{given}: {wanted}", file=file)
+        raise refused()
     for dim, size in zip(tensor.shape, shape, strict=True):
         if isinstance(dim, int) and dim != size:
-            raise BadInput(f"{given}: {wanted}", file=file)
+            raise refused()
         if isinstance(dim, str) and dim.isidentifier():
             first, owner = sizes.setdefault(dim, (size, tensor.name))
             if first != size:
-                raise BadInput(f"{given}: {wanted}, and {dim} is {first} in '{owner}'", file=file)
+                raise refused(f", and {dim} is {first} in '{owner}'")
 
 
-def _dtype_name(dtype: object) -> str:
+@functools.lru_cache(256)  # numpy takes microseconds to name one
+def _dtype_name(dtype: Hashable) -> str:
     if isinstance(dtype, np.dtype) and dtype.kind in "OUS":
         return "string"
     return str(dtype)

@@ -79,8 +79,9 @@ def imported(name: str, value: Any, source: object) -> Any:
     """
     if isinstance(value, np.ndarray | ort.OrtValue | View) or not hasattr(value, "__dlpack__"):
         return value
+    share = getattr(ort.OrtValue, "from_dlpack", np.from_dlpack)  # older ones lack it
     try:
-        return ort.OrtValue.from_dlpack(value)
+        return share(value)
     except (BufferError, RuntimeError, TypeError, ValueError) as error:
         raise BadInput(f"input '{name}' cannot be shared: {error}", file=source) from error
 

@@ -2,6 +2,7 @@
 # make test    the whole test suite
 # make lint    ruff and mypy
 # make test-olive  the Olive pass, in an environment of its own
+# make test-serving  inference servers, each in an environment of its own
 # make bench   whole models against onnxruntime, OpenVINO and torch.compile (an hour)
 # make clean   remove what these made
 
@@ -11,7 +12,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet -c constraints.txt
 
-.PHONY: demo test test-olive lint bench clean
+.PHONY: demo test test-olive test-serving lint bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.core
@@ -23,6 +24,9 @@ test: $(VENV)/.test
 test-olive: .venv-olive/.done
 	.venv-olive/bin/python -m pytest tests/test_olive.py
 
+test-serving: .venv-mlflow/.done
+	.venv-mlflow/bin/python -m pytest -m serving tests/serving/test_mlflow.py
+
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -32,7 +36,7 @@ bench: .venv-bench/.done
 	.venv-bench/bin/python -m tests.bench --plot build/bench/table.svg
 
 clean:
-	rm -rf $(VENV) .venv-olive .venv-bench build dist fusenorm.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-olive .venv-mlflow .venv-bench build dist fusenorm.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(VENV)/.core: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -47,6 +51,11 @@ $(VENV)/.test: $(VENV)/.core
 .venv-olive/.done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-olive
 	.venv-olive/bin/python -m pip install --quiet -c constraints.txt -e ".[olive]" pytest
+	touch $@
+
+.venv-mlflow/.done: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-mlflow
+	.venv-mlflow/bin/python -m pip install --quiet -c constraints.txt -e ".[mlflow]" pytest
 	touch $@
 
 .venv-bench/.done: pyproject.toml constraints.txt

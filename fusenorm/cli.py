@@ -32,6 +32,7 @@ from fusenorm.printing import (
     print_report,
     statuses,
 )
+from fusenorm.serving import commands
 
 if TYPE_CHECKING:
     from fusenorm.bench import Latency
@@ -52,6 +53,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+deploy = typer.Typer(help="Write what an inference server loads.", no_args_is_help=True)
+app.add_typer(deploy, name="deploy")
 
 Model = Annotated[Path, typer.Argument(metavar="MODEL.onnx", help="The model.")]
 Folder = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="A folder made by optimize.")]
@@ -99,7 +102,7 @@ def main() -> None:
         sys.exit(2)
 
 
-def _command(function: Callable[P, None]) -> Callable[P, None]:
+def _command(function: Callable[P, None], on: typer.Typer = app) -> Callable[P, None]:
     """Register a command whose errors become one line on stderr and an exit code."""
 
     @functools.wraps(function)
@@ -123,8 +126,12 @@ def _command(function: Callable[P, None]) -> Callable[P, None]:
             _say(str(error))
             raise typer.Exit(1 if isinstance(error, CheckFailed) else 2) from None
 
-    app.command(no_args_is_help=False)(run)
+    on.command(no_args_is_help=False)(run)
     return run
+
+
+for _function in commands.COMMANDS:
+    _command(_function, deploy)
 
 
 @app.callback(invoke_without_command=True)

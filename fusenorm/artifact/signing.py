@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import base64
 import json
-import os
+import re
 import tempfile
 from pathlib import Path
 
@@ -37,7 +37,8 @@ def signed_digest(folder: Path, key: Path, name: str) -> str:
         raise BadInput(
             f"checking its signature needs: pip install 'fusenorm[signing]' ({error})", file=folder
         ) from error
-    signature = Path(f"{os.path.abspath(folder)}.sig")
+    folder = folder.resolve()
+    signature = folder.with_name(f"{folder.name}.sig")
     if not signature.exists():
         raise BadInput(f"is not signed: there is no {signature.name} beside it", file=folder)
     content = read_regular(signature, _MOST_BYTES)
@@ -58,5 +59,10 @@ def signed_digest(folder: Path, key: Path, name: str) -> str:
     except InvalidSignature as error:
         raise BadInput(f"{signature.name} is not of the key {key}", file=folder) from error
     except (ArithmeticError, AttributeError, LookupError, OSError, TypeError, ValueError) as error:
-        what = str(error).partition(": Expected")[0] or type(error).__name__
-        raise BadInput(f"does not match {signature.name}: {what}", file=folder) from error
+        raise BadInput(f"does not match {signature.name}: {_first(error)}", file=folder) from error
+
+
+def _first(error: Exception) -> str:
+    """The first difference that model-signing found, without its digests."""
+    text = str(error).partition(": Expected")[0] or type(error).__name__
+    return re.sub(r"Signature mismatch: \[.|\\", "", text)

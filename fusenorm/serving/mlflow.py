@@ -79,7 +79,7 @@ class Model:
 
     def predict(
         self,
-        model_input: Any,
+        model_input: np.ndarray | Mapping[str, np.ndarray],
         params: Mapping[str, Any] | None = None,
     ) -> dict[str, np.ndarray]:
         """Run the model.
@@ -95,13 +95,11 @@ class Model:
         outputs = [tensor.name for tensor in self.session.signature.outputs]
         if isinstance(model_input, Mapping):
             feed = model_input
-        elif isinstance(model_input, np.ndarray) and len(inputs) == 1:
+        elif len(inputs) == 1:
             feed = {inputs[0]: model_input}
         else:
-            kind = type(model_input).__name__
             raise BadInput(
-                f"a {kind} is no dict of arrays by name: {', '.join(inputs)}",
-                file=self.session.source,
+                f"give a dict of arrays by name: {', '.join(inputs)}", file=self.session.source
             )
         return dict(zip(outputs, self.session.run(outputs, feed), strict=True))
 

@@ -57,9 +57,8 @@ def test_the_loader(model: Path, folder: Path, feed) -> None:
     np.testing.assert_array_equal(loaded.predict(feed)["y"], wanted)
     with pytest.raises(BadInput, match="input 'ids' is missing"):
         loaded.predict({"offset": feed["offset"]})
-    for value, kind in ((feed["ids"], "ndarray"), ([1, 2], "list")):
-        with pytest.raises(BadInput, match=f"a {kind} is no dict of arrays by name: ids, offset"):
-            loaded.predict(value)
+    with pytest.raises(BadInput, match="give a dict of arrays by name: ids, offset"):
+        loaded.predict(feed["ids"])
 
 
 def test_an_array_alone_for_one_input(llama: Path, tmp_path: Path) -> None:
@@ -86,6 +85,7 @@ def test_the_command(folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.serving
+@pytest.mark.filterwarnings("ignore:.*Any type hint:UserWarning")  # importing MLflow makes it
 def test_mlflow_itself(model: Path, folder: Path, feed) -> None:
     mlflow = pytest.importorskip("mlflow", reason="make test-serving installs it")
     loaded = mlflow.pyfunc.load_model(str(model), model_config={"threads": 1})

@@ -110,21 +110,23 @@ def test_nothing_to_build_is_refused(tmp_path: Path) -> None:
         build_library([], Target.host(), tmp_path / "a.so")
 
 
+@pytest.fixture
+def no_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+
+
+@pytest.mark.usefixtures("no_compiler")
 def test_a_missing_compiler_says_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.delenv("CC", raising=False)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(BadInput, match="pip install ziglang"):
         build_library([SPECS[0]], Target.host(), tmp_path / "a.so")
 
 
-def test_zig_does_not_compile_for_the_cpu_it_runs_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.delenv("CC", raising=False)
+@pytest.mark.usefixtures("no_compiler")
+def test_zig_does_not_compile_for_the_cpu_it_runs_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
     command = _compiler(Target.host())
     assert command[-2:] == ["-target", f"{Target.host().machine}-linux-gnu"]

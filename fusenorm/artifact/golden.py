@@ -53,19 +53,23 @@ _NPZ_ERRORS = (
 )
 
 
-def read_npz(path: str | os.PathLike[str], tensors: Sequence[Tensor] = ()) -> dict[str, np.ndarray]:
+def read_npz(
+    path: str | os.PathLike[str], tensors: Sequence[Tensor] = (), content: bytes | None = None
+) -> dict[str, np.ndarray]:
     """Read the arrays of an .npz; pickled objects are refused.
 
     Args:
         path: the file.
         tensors: types numpy's format cannot name (bfloat16 ...) are restored from these.
+        content: the file's bytes, where they were read already.
 
     Raises:
         BadInput: the file is missing or no .npz of plain arrays.
     """
     try:
-        # Opened here, since np.load leaves a file it cannot read open.
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
+        # Read here, since np.load leaves a file it cannot read open.
+        file = io.BytesIO(Path(path).read_bytes() if content is None else content)
+        with np.load(file, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
             for tensor in tensors:
                 array = arrays.get(tensor.name)

@@ -40,7 +40,7 @@ def fresh_folder(folder: str | os.PathLike[str], marker: str, kind: str) -> Iter
         stage.chmod(0o755)
         put_in_place(stage, target, marker)
     except OSError as error:
-        raise BadInput(f"cannot be written: {error.strerror}", file=folder) from error
+        raise BadInput(f"cannot be written: {error.strerror or error}", file=folder) from error
     finally:
         shutil.rmtree(stage, ignore_errors=True)
 

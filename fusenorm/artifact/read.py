@@ -66,13 +66,18 @@ class Stored:
         return {entry["path"]: entry for entry in self.manifest["files"]}
 
     def golden(self) -> Golden | None:
-        """The recorded run, None if there is none."""
+        """The recorded run, None if there is none.
+
+        Raises:
+            BadInput: its files were changed since the artifact was opened, or hold no arrays.
+        """
         recorded = self.manifest["golden"]
         if recorded is None:
             return None
+        inputs, outputs = self.path / GOLDEN_INPUTS, self.path / GOLDEN_OUTPUTS
         return Golden(
-            read_npz(self.path / GOLDEN_INPUTS, self.signature.inputs),
-            read_npz(self.path / GOLDEN_OUTPUTS, self.signature.outputs),
+            read_npz(inputs, self.signature.inputs, self.read(inputs)),
+            read_npz(outputs, self.signature.outputs, self.read(outputs)),
             float(recorded["tolerance"]),
         )
 

@@ -13,7 +13,6 @@ import hashlib
 import os
 import threading
 
-_SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
 _OPEN: dict[str, int] = {}
 _OPENING = threading.Lock()
 
@@ -34,6 +33,7 @@ def sealed_file(content: bytes, name: str) -> str:
             descriptor = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
             with open(descriptor, "wb", closefd=False) as file:
                 file.write(content)
-            fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _SEALS)
+            seals = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
+            fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, seals)
             _OPEN[digest] = descriptor
         return f"/proc/self/fd/{_OPEN[digest]}"

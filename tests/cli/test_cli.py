@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from fusenorm import __version__, cli, compare
-from fusenorm.artifact import read_npz
+from fusenorm.artifact import Library, read_npz
 
 
 def invoke(*arguments: object) -> Result:
@@ -180,6 +181,19 @@ def test_run_saves_outputs(folder, feed, tmp_path) -> None:
     del feed["ids"]
     np.savez(inputs, **feed)
     assert "input 'ids' is missing" in one_line(invoke("run", folder, "--inputs", inputs), 2)
+
+
+def test_a_fallback_is_one_warning(artifact, feed, tmp_path, root) -> None:
+    library = Library("v2", "x86_64", ("quantum",), None, (), tmp_path, content=b"\x7fELF")
+    folder = dataclasses.replace(artifact, libraries=[library]).save(tmp_path / "quantum.fnorm")
+    np.savez(tmp_path / "in.npz", **feed)
+    command = [sys.executable, "-m", "fusenorm", "run", folder, "--inputs", tmp_path / "in.npz"]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
+    assert "float32[2, 3, 8]" in done.stdout
+    assert done.stderr.startswith(f"warning: {folder}: lib/v2 ")
+    assert done.stderr.count("\n") == 1
+    arguments = ("run", folder, "--inputs", tmp_path / "in.npz", "--no-fallback")
+    assert "lib/v2 " in one_line(invoke(*arguments), 2)
 
 
 def test_bench_measures_an_artifact(folder, fused) -> None:

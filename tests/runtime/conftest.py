@@ -16,4 +16,4 @@ def compiled(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("compiled") / "llama.fnorm"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(write, "EXTERNAL_DATA_BYTES", 1 << 10)
-        return fusenorm.compile(llama, target="cpu").save(folder)
+        return fusenorm.compile(llama, tune=False).save(folder)

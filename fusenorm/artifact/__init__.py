@@ -27,7 +27,6 @@ from __future__ import annotations
 from fusenorm.artifact.golden import Golden, read_npz, write_npz
 from fusenorm.artifact.library import Built, Cuda, Library
 from fusenorm.artifact.manifest import FORMAT_VERSION, MANIFEST, sha256
-from fusenorm.artifact.place import put_in_place
 from fusenorm.artifact.read import Stored, open_artifact
 from fusenorm.artifact.write import Artifact, Source
 
@@ -42,7 +41,6 @@ __all__ = [
     "Source",
     "Stored",
     "open_artifact",
-    "put_in_place",
     "read_npz",
     "sha256",
     "write_npz",

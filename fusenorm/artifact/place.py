@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from fusenorm.artifact.manifest import MANIFEST
 from fusenorm.errors import BadInput
 
 
@@ -38,14 +37,14 @@ def fresh_folder(folder: str | os.PathLike[str], marker: str, kind: str) -> Iter
     try:
         yield stage
         stage.chmod(0o755)
-        put_in_place(stage, target, marker)
+        _put_in_place(stage, target, marker)
     except OSError as error:
         raise BadInput(f"cannot be written: {error.strerror or error}", file=folder) from error
     finally:
         shutil.rmtree(stage, ignore_errors=True)
 
 
-def put_in_place(stage: Path, target: Path, marker: str = MANIFEST) -> None:
+def _put_in_place(stage: Path, target: Path, marker: str) -> None:
     """Rename a finished folder to target; an older target, told by `marker`, goes away.
 
     Raises:

@@ -44,12 +44,19 @@ class Stored:
         manifest: manifest.json as parsed.
         signature: the model's inputs and outputs.
         libraries: in the manifest's order, best first.
+        identity: of the folder that was checked.
     """
 
     path: Path
     manifest: Mapping[str, Any]
     signature: Signature
     libraries: tuple[Library, ...]
+    identity: tuple[int, ...]
+
+    @property
+    def in_place(self) -> bool:
+        """Whether the folder that was checked is still there, not another in its place."""
+        return _identity(self.path) == self.identity
 
     @property
     def model(self) -> Path:
@@ -112,26 +119,26 @@ def open_artifact(
     for _ in range(_RETRIES):
         before = _identity(path)
         try:
-            stored = _open(path, require_signature)
+            stored = _open(path, before, require_signature)
         except BadInput:
             if _identity(path) == before:
                 raise
         else:
-            if _identity(path) == before:
+            if stored.in_place:
                 return stored
     raise BadInput("is being replaced over and over: try again", file=folder)
 
 
-def _identity(folder: Path) -> tuple[int, int] | None:
-    """What tells one folder from another that took its place."""
+def _identity(folder: Path) -> tuple[int, ...]:
+    """What tells one folder from another that took its place; nothing if there is none."""
     try:
         status = folder.stat()
     except OSError:
-        return None
-    return status.st_dev, status.st_ino
+        return ()
+    return status.st_dev, status.st_ino, status.st_mtime_ns
 
 
-def _open(path: Path, key: str | os.PathLike[str] | None) -> Stored:
+def _open(path: Path, identity: tuple[int, ...], key: str | os.PathLike[str] | None) -> Stored:
     signed = None if key is None else signed_digest(path, Path(key), MANIFEST)
     manifest = read_manifest(path, signed)
     try:
@@ -157,7 +164,7 @@ def _open(path: Path, key: str | os.PathLike[str] | None) -> Stored:
         raise BadInput(
             f"malformed manifest ({type(error).__name__}: {error})", file=path / MANIFEST
         ) from error
-    stored = Stored(path, manifest, signature, libraries)
+    stored = Stored(path, manifest, signature, libraries, identity)
     _check_weights(stored)
     return stored
 

@@ -227,7 +227,21 @@ def load(
         stored = open_artifact(folder, require_signature=require_signature)
     found = _choose(stored, providers, fallback, check) if library else None
     chosen = None if found is None else found.library
-    session = start(stored, chosen, options, providers)
+    try:
+        session = start(stored, chosen, options, providers)
+    except BadInput:
+        if stored is path or stored.in_place:
+            raise
+        return load(  # what took its place
+            path,
+            threads,
+            session_options,
+            providers,
+            library=library,
+            fallback=fallback,
+            check=check,
+            require_signature=require_signature,
+        )
     slower = found is not None and found.status == "fallback"
     variant = None if chosen is None else chosen.variant
     session.metrics = Metrics(Start(variant, slower, time.perf_counter() - begin))
@@ -257,10 +271,12 @@ def start(
 ) -> Session:
     """A session of an opened artifact with one of its libraries, whether this machine suits or not.
 
-    onnxruntime gets the bytes that were checked, not the paths they were read from.
+    onnxruntime gets the bytes that were checked, not the paths they were read from; weights beside
+    the model it maps from the folder, which must still be the one that was checked.
 
     Raises:
-        BadInput: the artifact was changed since it was opened, or onnxruntime cannot load it.
+        BadInput: the artifact was changed or replaced since it was opened, or onnxruntime cannot
+            load it.
     """
     options = options if options is not None else ort.SessionOptions()
     model = stored.read(stored.model)
@@ -270,9 +286,12 @@ def start(
         if library is not None:
             sealed = sealed_file(stored.read(library.path), library.path.name)
             _register(options, sealed, stored.path)
-        return Session(model, options, providers or [CPU], library=library, source=stored.path)
+        session = Session(model, options, providers or [CPU], library=library, source=stored.path)
     except LOAD_ERRORS as error:
         raise BadInput(f"onnxruntime cannot load it: {error}", file=stored.path) from error
+    if not stored.in_place:
+        raise BadInput("was replaced while it was loaded: open it again", file=stored.path)
+    return session
 
 
 def _plain(

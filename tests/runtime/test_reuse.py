@@ -7,12 +7,15 @@ import threading
 from pathlib import Path
 
 import numpy as np
+import onnx
+import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 
 import fusenorm
-from fusenorm.artifact import Artifact, open_artifact
+from fusenorm.artifact import Artifact, open_artifact, write
 from fusenorm.errors import BadInput
+from tests.conftest import embed_norm_model
 from tests.graphs import model, rows
 from tests.runtime.test_artifact import edit
 
@@ -59,6 +62,35 @@ def test_an_initializer_the_caller_may_override(tmp_path: Path) -> None:
     session = fusenorm.load(path)
     twos = np.full(8, 2, np.float32)
     np.testing.assert_array_equal(session.run(None, {**X, "g": twos})[0], X["x"] * 2)
+
+
+def test_weights_are_never_those_of_another_artifact(
+    tmp_path: Path, feed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder replaced when onnxruntime has the model and comes to map the weights."""
+    monkeypatch.setattr(write, "EXTERNAL_DATA_BYTES", 10)
+    target = tmp_path / "replaced.fnorm"
+    protos = [embed_norm_model(scale) for scale in (1.0, -3.0)]
+    gamma = onnx.numpy_helper.from_array(np.full(8, 2, np.float32), "gamma")
+    protos[1].graph.initializer[1].CopyFrom(gamma)  # small: in the model itself
+    old, new = (Artifact("embed", ir.from_proto(proto), {}) for proto in protos)
+    (wanted,) = fusenorm.load(new.save(tmp_path / "new.fnorm")).run(None, feed)
+    create = ort.InferenceSession.__init__
+    waiting = []
+
+    def replaced(self, *arguments, **options) -> None:
+        while waiting:
+            waiting.pop().save(target)
+        create(self, *arguments, **options)
+
+    monkeypatch.setattr(ort.InferenceSession, "__init__", replaced)
+    old.save(target)
+    waiting.append(new)
+    np.testing.assert_array_equal(fusenorm.load(target).run(None, feed)[0], wanted)
+    stored = open_artifact(target)
+    waiting.append(old)
+    with pytest.raises(BadInput, match="was replaced while it was loaded: open it again"):
+        fusenorm.load(stored)
 
 
 def test_savers_and_readers_at_once(artifact: Artifact, tmp_path: Path) -> None:

@@ -77,26 +77,23 @@ def _cancel_transposes(graph: ir.Graph, norm: ir.Node) -> bool:
     total, moved = add.outputs[0], outer.outputs[0]
     if len(total.uses()) != 1 or total.is_graph_output() or moved.is_graph_output():
         return False
-    rank = facts.rank(total)
-    if outer.graph is not graph or rank is None:
+    order = facts.permutation(outer)
+    if outer.graph is not graph or order is None:
         return False
     for index, operand in enumerate(add.inputs):
         inner = operand.producer() if operand is not None else None
         other = add.inputs[1 - index]
-        if inner is None or inner.op_type != "Transpose" or inner.domain != "":
+        source = inner.inputs[0] if inner is not None else None
+        if source is None or other is None or not _undo(facts.permutation(inner), order):
             continue
-        source = inner.inputs[0]
-        if source is None or other is None or not _undo(inner, outer):
-            continue
-        if other.shape is None or other.shape.rank() != rank or facts.rank(source) != rank:
+        if other.shape is None or other.shape.rank() != len(order):
             continue  # a broadcast operand of lower rank has other axes to move
         turned = ir.node(
             "Transpose", [other], attributes=dict(outer.attributes), name=node_name(outer)
         )
         graph.insert_before(add, turned)
-        axes = outer.attributes["perm"].as_ints()
         turned.outputs[0].type = other.type
-        turned.outputs[0].shape = ir.Shape([other.shape[axis] for axis in axes])
+        turned.outputs[0].shape = ir.Shape([other.shape[axis] for axis in order])
         add.replace_input_with(index, source)
         add.replace_input_with(1 - index, turned.outputs[0])
         moved.replace_all_uses_with(total)
@@ -106,16 +103,11 @@ def _cancel_transposes(graph: ir.Graph, norm: ir.Node) -> bool:
     return False
 
 
-def _undo(first: ir.Node, second: ir.Node) -> bool:
+def _undo(first: tuple[int, ...] | None, second: tuple[int, ...]) -> bool:
     """Whether two transposes in a row change nothing."""
-    permutations = [
-        node.attributes["perm"].as_ints() if "perm" in node.attributes else None
-        for node in (first, second)
-    ]
-    one, two = permutations
-    if one is None or two is None or len(one) != len(two):
+    if first is None or len(first) != len(second):
         return False
-    return [one[axis] for axis in two] == list(range(len(one)))
+    return [first[axis] for axis in second] == list(range(len(first)))
 
 
 def _take_over(old: ir.Value, new: ir.Value, *, keep: ir.Node) -> None:

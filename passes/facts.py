@@ -64,6 +64,17 @@ def attribute_int(node: ir.Node, name: str, default: int) -> int:
     return default if attribute is None else attribute.as_int()
 
 
+def permutation(node: ir.Node | None) -> tuple[int, ...] | None:
+    """The order a standard Transpose puts its axes in; None for other nodes, or if unknown."""
+    if node is None or (node.domain, node.op_type) != ("", "Transpose"):
+        return None
+    if "perm" in node.attributes:
+        return tuple(node.attributes["perm"].as_ints())
+    source = node.inputs[0]
+    known = rank(source) if source is not None else None
+    return None if known is None else tuple(reversed(range(known)))
+
+
 def is_last_axis(axis: int, value: ir.Value) -> bool:
     """Whether `axis` provably names the last dimension of `value`."""
     return trailing_axes([axis], value) is not None

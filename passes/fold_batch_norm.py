@@ -297,9 +297,8 @@ def _across(node: ir.Node, axis: int, *, upwards: bool) -> int | None:
         return None
     here, there = (result, source) if upwards else (source, result)
     known, other = facts.rank(here), facts.rank(there)
-    if node.op_type == "Transpose" and known is not None:
-        permutation = node.attributes.get("perm")
-        order = list(permutation.as_ints() if permutation else reversed(range(known)))
+    order = facts.permutation(node)
+    if order is not None:
         return order[axis] if upwards else order.index(axis)
     if node.op_type in _REGROUPS and known == axis + 1 and other:
         size = facts.last_dim(here)
@@ -331,13 +330,11 @@ def _addition_to(product: ir.Node) -> ir.Node | None:
 def _constant(value: ir.Value | None) -> np.ndarray | None:
     """A constant, also where it is written as the Transpose of one."""
     turned = value.producer() if value is not None else None
-    if turned is None or turned.op_type != "Transpose" or turned.domain != "":
+    order = facts.permutation(turned)
+    if turned is None or order is None:
         return facts.constant(value)
     array = facts.constant(turned.inputs[0])
-    permutation = turned.attributes.get("perm")
-    if array is None:
-        return None
-    return array.transpose(permutation.as_ints() if permutation else None)
+    return None if array is None else array.transpose(order)
 
 
 def _weight(linear: ir.Node) -> np.ndarray | None:

@@ -131,7 +131,7 @@ class FuseAttention(Rule):
             moves = [root, *_read_idle(root)]
             value = moves[-1].inputs[0]
             found = value.producer() if value is not None else None
-            if _permutation(root) != _SEQUENCE or value is None or not _is_inside(value):
+            if facts.permutation(root) != _SEQUENCE or value is None or not _is_inside(value):
                 return None
             if found is None or found.op_type not in ("MatMul", "Attention") or found.domain != "":
                 return None
@@ -311,7 +311,7 @@ def _strip_factors(site: _Site, value: ir.Value) -> ir.Value:
 def _read_operands(site: _Site, keys: ir.Value) -> None:
     """Everything behind kᵀ, q and v that only moves data."""
     node = keys.producer()
-    permutation = _permutation(node)
+    permutation = facts.permutation(node)
     if node is not None and permutation in (_SWAPPED, _SEQUENCE_SWAPPED):
         site.nodes.append(node)
         site.k = _input(node)
@@ -339,7 +339,7 @@ def _read_flat_swap(site: _Site, keys: ir.Value) -> ir.Value:
     flat = chain[1].inputs[0]
     assert flat is not None
     shapes = [facts.rank(value), facts.rank(flat), facts.rank(keys)]
-    if shapes != [4, 3, 4] or _permutation(chain[1]) != (0, 2, 1):
+    if shapes != [4, 3, 4] or facts.permutation(chain[1]) != (0, 2, 1):
         raise _Refused("keys", chain[1], f"{keys.name} is no transpose of the keys")
     batch, heads, rows, inner = value.shape  # type: ignore[misc]
     if not _same(flat.shape[1:], (rows, inner)) or not _same(  # type: ignore[index]
@@ -412,7 +412,7 @@ def _read_repeat(value: ir.Value) -> _Repeat | None:
 def _read_sequence(site: _Site, name: str) -> None:
     """Through the transpose from sequence-first to heads-first."""
     node = getattr(site, name).producer()
-    if _permutation(node) == _SEQUENCE:
+    if facts.permutation(node) == _SEQUENCE:
         site.nodes.append(node)
         setattr(site, name, _input(node))
         site.letters[name] = "s"
@@ -474,6 +474,8 @@ def _add_masks(graph: ir.Graph) -> bool:
         mask = node.inputs[3]
         if mask is None or mask.dtype != ir.DataType.BOOL or node.graph is not mask.graph:
             continue
+        if facts.dtype_of(_input(node)) != "f32":  # it will stay as it is
+            continue
         try:
             read_standard(node)
         except _Refused:
@@ -509,6 +511,11 @@ def _check_operands(site: _Site) -> None:
             raise _Refused("types", site.root, f"{value.name} is not known to be f32")
         if facts.rank(value) != 4:
             raise _Refused("rank", site.root, f"{value.name} is not known to have four axes")
+    k_rows, v_rows = (
+        _dims(getattr(site, name))[1 if site.letters[name] == "s" else 2] for name in "kv"
+    )
+    if (k_rows == 1) != (v_rows == 1):
+        raise _Refused("shapes_not_proved", site.root, "the one row of k or v may be repeated")
     mask = site.mask
     if mask is not None:
         if facts.dtype_of(mask) != "f32":
@@ -586,13 +593,6 @@ def _input(node: ir.Node) -> ir.Value:
     value = node.inputs[0]
     assert value is not None
     return value
-
-
-def _permutation(node: ir.Node | None) -> tuple[int, ...] | None:
-    if node is None or node.op_type != "Transpose" or node.domain != "":
-        return None
-    permutation = node.attributes.get("perm")
-    return None if permutation is None else tuple(permutation.as_ints())
 
 
 def _is_inside(value: ir.Value, readers: int = 1) -> bool:

@@ -105,8 +105,8 @@ def _read_product(node: ir.Node) -> _Map | Refusal | None:
     inner, columns = found.shape
     if len(weight.uses()) > 1 or weight.is_graph_output():
         return Refusal("weight_shared", name, f"{weight.name} has other readers: not packed twice")
-    if columns % PANEL or not inner:
-        return Refusal("columns", name, f"{columns} columns are no multiple of {PANEL}")
+    if columns % PANEL or not inner * columns:
+        return Refusal("columns", name, f"{columns} columns make no panels of {PANEL}")
     if bias is None:
         return found
     vector = as_vector(bias, columns, 2) if facts.constant(bias) is not None else None
@@ -118,7 +118,7 @@ def _read_product(node: ir.Node) -> _Map | Refusal | None:
 def _stored(value: ir.Value | None) -> tuple[ir.Value | None, bool]:
     """The constant matrix behind `value`, and whether `value` is its transpose."""
     node = value.producer() if value is not None else None
-    transposed = node is not None and node.domain == "" and node.op_type == "Transpose"
+    transposed = facts.permutation(node) == (1, 0)
     if node is not None and transposed:
         if len(node.outputs[0].uses()) != 1 or node.outputs[0].is_graph_output():
             return None, False

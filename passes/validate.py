@@ -327,7 +327,7 @@ def _difference(
         size = np.where(finite, np.abs(wide_a), 0.0)
         floor = max(1e-3 * float(size.max(initial=0.0)), 1e-30)
         rows = np.maximum(size.max(axis=-1, keepdims=True, initial=0.0), floor)
-        error = np.abs(wide_a - wide_b, where=finite, out=np.zeros_like(size))
+        error = np.abs(np.subtract(wide_a, wide_b, where=finite, out=np.zeros_like(size)))
         worst = float((error / rows).max(initial=0.0))
         if worst > ALGEBRA_BOUND[dtype]:
             return f"differs by {worst:.1e} of a row's largest output in {kind}"

@@ -278,6 +278,25 @@ def test_one_boolean_mask_becomes_one_additive_mask() -> None:
     assert sum(node.op_type == "Where" for node in after.graph.node) == 1
 
 
+def test_a_boolean_mask_of_what_stays_stays_boolean() -> None:
+    proto = graph(
+        STANDARD,
+        HEADS.replace("float[b,1,s,t]", "bool[b,1,s,t]").replace("float[", "float16["),
+        OUT.replace("float[", "float16["),
+        opset=23,
+    )
+    work = fusenorm.optimize(proto).model
+    FuseAttentions(Validator())(work)
+    assert [node.op_type for node in work.graph] == ["Attention"]
+
+
+def test_a_row_of_keys_a_mask_repeats_is_refused() -> None:
+    """Several rows of v then share one of k."""
+    inputs = HEADS.replace("float[b,6,t,4] k", "float[b,6,1,4] k")
+    body = SCORES + "a = Add (e, m)\n" + TAIL
+    assert fuse(graph(body, inputs))[1:] == ([], {"shapes_not_proved"})
+
+
 def test_f16_and_old_opsets() -> None:
     half = HEADS.replace("float[", "float16[")
     constants = {"c": np.float16(0.5)}

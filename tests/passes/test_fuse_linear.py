@@ -38,7 +38,7 @@ def check(proto: onnx.ModelProto) -> tuple[list[str], list[str | None]]:
         for value in proto.graph.input
     }  # fmt: skip
     for a, b in zip(run(proto, feeds), run(after, feeds), strict=True):
-        np.testing.assert_allclose(b, a, rtol=0, atol=4e-6 * max(np.abs(a).max(), 1e-3))
+        np.testing.assert_allclose(b, a, rtol=0, atol=4e-6 * np.abs(a).max(initial=1e-3))
     kinds = [str(site.attributes["kind"]) for site in regions if site.status == "fused"]
     return kinds, [site.reason for site in regions if site.status == "refused"]
 
@@ -124,6 +124,31 @@ def test_refused_with_a_reason(reason: str) -> None:
     assert (kinds, reasons) == ([], [reason])
 
 
+@pytest.mark.parametrize("sizes", [(8, 0), (0, 64), (8, 63)])
+def test_a_weight_that_makes_no_panels_stays(sizes: tuple[int, int]) -> None:
+    inner, columns = sizes
+    proto = model(
+        "y = MatMul (x, w)", f"float[s,{inner}] x", f"float[s,{columns}] y",
+        constants={"w": rows(inner, columns)},
+    )  # fmt: skip
+    assert check(proto) == ([], ["columns"])
+
+
+def test_numbers_that_are_not_finite_stay_so() -> None:
+    weight, bias = W.copy(), B.copy()
+    weight[0, 0], weight[1, 1], bias[2] = np.inf, np.nan, -np.inf
+    constants = {"w": weight, "b": bias}
+    after, _ = lowered(
+        model("h = MatMul (x, w)\n y = Add (h, b)", outputs=OUT, constants=constants)
+    )
+    assert [node.op_type for node in after.graph.node] == ["Linear_bias"]
+    (y,) = run(after, {"x": rows(1, 3, 8)})
+    assert np.isinf(y[..., 0]).all()
+    assert np.isnan(y[..., 1]).all()
+    assert np.isneginf(y[..., 2]).all()
+    assert np.isfinite(y[..., 3:]).all()
+
+
 def test_a_tied_weight_stays_unpacked() -> None:
     """An embedding table that is the output projection too must not be stored twice."""
     body = "t = Transpose <perm: ints = [1, 0]> (w)\n e = Gather (w, ids)\n y = MatMul (e, t)"
@@ -139,6 +164,14 @@ def test_a_transposed_weight_of_its_own_is_packed() -> None:
     body = "t = Transpose <perm: ints = [1, 0]> (w)\n y = MatMul (x, t)"
     proto = model(body, outputs="float[b,s,8320] y", constants={"w": rows(8320, 8)})
     assert check(proto) == (["Linear"], [])
+
+
+def test_a_transpose_that_turns_nothing_is_no_transpose() -> None:
+    """Its weight is square, so that every shape fits either way."""
+    body = "t = Transpose <perm: ints = [0, 1]> (w)\n y = MatMul (x, t)"
+    constants = {"w": rows(320, 320)}
+    proto = model(body, "float[s,320] x", "float[s,320] y", constants=constants)
+    assert check(proto) == ([], [])
 
 
 def test_a_product_with_other_readers_keeps_its_activation_apart() -> None:

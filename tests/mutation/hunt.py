@@ -1,0 +1,285 @@
+"""Runs the tests that execute a changed line, until one notices."""
+
+from __future__ import annotations
+
+import ast
+import collections
+import functools
+import gc
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import CodeType, FunctionType
+
+import pytest
+
+from tests.mutation.changes import Mutant
+from tests.mutation.survey import (
+    BROKEN,
+    OPTIONS,
+    TESTS,
+    Collected,
+    Survey,
+    in_child,
+    load_instead,
+    passes_alone,
+    start_child,
+    status_of,
+)
+
+# A mutant may take this many seconds of CPU time, and this many times what its tests take,
+# before it counts as stuck, which counts as noticed.
+PATIENCE, FACTOR = 10, 3
+# Seconds of tests a mutant meets at most; one that only later tests would notice counts as left.
+BUDGET = float(os.environ.get("MUT_BUDGET", 30.0))
+
+_Functions = Mapping[tuple[str, int], Sequence[FunctionType]]
+
+
+class Chosen:
+    """A pytest plugin: only these tests, in this order; the one that fails is written down."""
+
+    def __init__(self, order: list[str], killer: Path) -> None:
+        self.order = order
+        self.killer = killer
+
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        known = {item.nodeid: item for item in items}
+        items[:] = [known[name] for name in self.order]
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed:
+            self.killer.write_text(report.nodeid)
+
+
+def hunt_all(hunts: Sequence[Hunt], report: Callable[[Hunt, Sequence[Mutant]], None]) -> None:
+    """Try all mutants of every hunt; `report` what survives as soon as it is known.
+
+    Raises:
+        SystemExit: a process failed.
+    """
+
+    def work(items: Mapping[str, pytest.Item]) -> None:
+        for hunt in hunts:
+            hunt.in_place(items)
+            report(hunt, hunt.left)
+            hunt.kept.write_text(json.dumps((hunt.indices, hunt.kills)))
+
+    if in_child(lambda: int(pytest.main([*OPTIONS, TESTS], plugins=[Collected(work)]))):
+        raise SystemExit("the hunt broke off")
+    for hunt in hunts:
+        indices, kills = json.loads(hunt.kept.read_text())
+        hunt.kills.update(kills)
+        hunt.at_import()
+        report(hunt, hunt.left)
+        hunt.indices += indices
+
+
+class Hunt:
+    """Finds the mutants of one file no test notices, and learns which tests notice most.
+
+    Args:
+        file: in passes/.
+        tree: of it.
+        mutants: to try.
+        survey: what tests execute.
+        folder: for results.
+        jobs: processes at once.
+
+    Attributes:
+        indices: of the mutants nothing has noticed so far.
+        kills: how often the tests of a function noticed one.
+        killers: the tests that did.
+    """
+
+    def __init__(
+        self,
+        file: Path,
+        tree: ast.Module,
+        mutants: Sequence[Mutant],
+        survey: Survey,
+        folder: Path,
+        jobs: int,
+    ) -> None:
+        self.file = file
+        self.tree = tree
+        self.mutants = mutants
+        self.survey = survey
+        self.folder = folder
+        self.jobs = jobs
+        self.kept = folder / f"{file.name}.json"
+        self.indices: list[int] = []
+        self.kills: collections.Counter[str] = collections.Counter()
+        self.killers: set[str] = set()
+        self.codes = _codes(compile(tree, str(file), "exec"))
+
+    @property
+    def left(self) -> list[Mutant]:
+        return [self.mutants[index] for index in self.indices]
+
+    @property
+    def killer(self) -> Path:
+        """Where this process finds the test that noticed a mutant."""
+        return self.folder / f"killer_{self.worker}"
+
+    def in_place(self, items: Mapping[str, pytest.Item]) -> None:
+        """Try changes of functions imported already on tests collected already."""
+        survives = functools.partial(self._survives_in_place, items, _functions(self.file))
+        self._share(survives, lambda: self._stands(items), at_import=False)
+
+    def at_import(self) -> None:
+        """Try the changes that must be there when the module is imported."""
+        self._share(self._survives_import, lambda: True, at_import=True)
+
+    def _share(
+        self, survives: Callable[[Mutant], bool], stands: Callable[[], bool], *, at_import: bool
+    ) -> None:
+        """Deal the mutants out to processes, and gather what survives and which tests noticed.
+
+        Raises:
+            SystemExit: a process failed; so it does where tests that notice something fail on
+                the unchanged file too.
+        """
+        chosen = [
+            index
+            for index, mutant in enumerate(self.mutants)
+            if self._runs_at_import(mutant) == at_import
+        ]
+        jobs = min(self.jobs, len(chosen))
+
+        def hunt(worker: int) -> int:
+            self.worker = worker
+            left = [index for index in chosen[worker::jobs] if survives(self.mutants[index])]
+            self._result(worker).write_text(json.dumps((left, self.kills)))
+            return int(not stands())
+
+        children = [start_child(functools.partial(hunt, worker)) for worker in range(jobs)]
+        statuses = [status_of(child) for child in children]
+        if any(statuses):
+            raise SystemExit(f"the hunt in {self.file.name} broke off")
+        for worker in range(jobs):
+            left, kills = json.loads(self._result(worker).read_text())
+            self.indices += left
+            self.kills.update(kills)
+        self.indices.sort()
+
+    def _result(self, worker: int) -> Path:
+        return self.folder / f"left_{worker}"
+
+    def _runs_at_import(self, mutant: Mutant) -> bool:
+        """Whether the change must be there when the module is imported."""
+        if not self.survey.imported.get(self.file.name, frozenset()).isdisjoint(mutant.lines):
+            return True
+        # A function keeps the closure it was made with.
+        return _closures(_codes(mutant.code(self.tree))) != _closures(self.codes)
+
+    def _survives_import(self, mutant: Mutant) -> bool:
+        """Whether the tests pass where the module is imported with the change.
+
+        Collecting them takes longest, so the file of tests that noticed most comes first, alone.
+        """
+        order = self._order(list(self.survey.trials))
+        sums = collections.Counter[str]()
+        for function, count in self.kills.items():
+            sums[function.split("::")[0]] += count
+        best = max(sums, key=sums.__getitem__, default="")
+        parts = [name for name in order if name.startswith(best)], order
+        code = mutant.code(self.tree)
+
+        def run(part: list[str]) -> int:
+            files = dict.fromkeys(name.split("::")[0] for name in part)
+            load_instead({self.file: code})
+            return int(pytest.main([*OPTIONS, *files], plugins=[Chosen(part, self.killer)]))
+
+        return all(
+            not part or self._status(functools.partial(run, part), part) == 0 for part in parts
+        )
+
+    def _survives_in_place(
+        self, items: Mapping[str, pytest.Item], live: _Functions, mutant: Mutant
+    ) -> bool:
+        """Whether the tests pass where functions imported already have the change."""
+        direct = [
+            name
+            for name, trial in self.survey.trials.items()
+            if trial.runs(self.file.name, mutant.lines)
+        ]
+        order = self._order(direct)
+        tests = [items[name] for name in order]
+        work = functools.partial(self._run, tests, mutant.code(self.tree), live)
+        return not order or self._status(work, order) == 0
+
+    def _stands(self, items: Mapping[str, pytest.Item]) -> bool:
+        """Whether all tests that noticed something pass one after another on the file as it is."""
+        tests = [item for name, item in items.items() if name in self.killers]
+        return in_child(functools.partial(self._run, tests, None, {})) == 0
+
+    def _run(self, tests: Sequence[pytest.Item], code: CodeType | None, live: _Functions) -> int:
+        """1 if a test fails where the live functions of the file have this code."""
+        for (name, line), part in _codes(code):
+            for function in live.get((name, line), ()):
+                function.__code__ = part
+        for test in tests:
+            if not passes_alone(test):
+                self.killer.write_text(test.nodeid)
+                return 1
+        return 0
+
+    def _status(self, work: Callable[[], int], order: Sequence[str]) -> int:
+        limit = PATIENCE + FACTOR * sum(self.survey.trials[name].seconds for name in order)
+        self.killer.write_text("")
+        status = in_child(work, limit)
+        if status == BROKEN:
+            raise SystemExit(f"the hunt in {self.file.name} is broken")
+        killer = self.killer.read_text()
+        if status and killer:
+            self.kills[_function(killer)] += 1
+            self.killers.add(killer)
+        return status
+
+    def _order(self, names: Sequence[str]) -> list[str]:
+        """Tests that execute anything of the file first, the quickest that notice most."""
+
+        def cost(name: str) -> float:
+            trial, kills = self.survey.trials[name], self.kills[_function(name)]
+            return trial.seconds * (1 if self.file.name in trial.lines else 30) / (1 + kills)
+
+        order, seconds = [], 0.0
+        for name in sorted(names, key=cost):
+            seconds += self.survey.trials[name].seconds
+            if seconds <= BUDGET:
+                order.append(name)
+        return order
+
+
+def _codes(code: CodeType | None) -> list[tuple[tuple[str, int], CodeType]]:
+    """Every code object in a module's, outer ones first, with its name and first line."""
+    return list(_walk(code)) if code is not None else []
+
+
+def _walk(code: CodeType) -> Iterator[tuple[tuple[str, int], CodeType]]:
+    for part in code.co_consts:
+        if isinstance(part, CodeType):
+            yield (part.co_qualname, part.co_firstlineno), part
+            yield from _walk(part)
+
+
+def _closures(codes: Sequence[tuple[tuple[str, int], CodeType]]) -> list[object]:
+    return [(key, part.co_freevars) for key, part in codes]
+
+
+def _functions(file: Path) -> _Functions:
+    """The functions made from a file, by name and first line."""
+    found = collections.defaultdict(list)
+    for thing in gc.get_objects():
+        if type(thing) is FunctionType:
+            code = thing.__code__
+            if code.co_name != "<lambda>" and os.path.realpath(code.co_filename) == str(file):
+                found[code.co_qualname, code.co_firstlineno].append(thing)
+    return dict(found)
+
+
+def _function(test: str) -> str:
+    """The test without its parameters."""
+    return test.partition("[")[0]

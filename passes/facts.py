@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
+from typing import TypeGuard
 
 import numpy as np
 import onnx_ir as ir
@@ -33,13 +34,14 @@ def dtype_of(value: ir.Value) -> DType | None:
     return DTYPE_OF_ONNX.get(value.dtype) if value.dtype is not None else None
 
 
+def is_constant(value: ir.Value | None) -> TypeGuard[ir.Value]:
+    """Whether a value is one array in every run."""
+    return value is not None and value.const_value is not None and not value.is_graph_input()
+
+
 def constant(value: ir.Value | None) -> np.ndarray | None:
     """The array behind a constant value, None for anything computed at run time."""
-    if value is None or value.const_value is None:
-        return None
-    if value.is_graph_input():
-        return None
-    return value.const_value.numpy()
+    return value.const_value.numpy() if is_constant(value) else None  # type: ignore[union-attr]
 
 
 def scalar(value: ir.Value | None) -> float | None:

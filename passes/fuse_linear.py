@@ -81,26 +81,22 @@ def _read_map(value: ir.Value | None, *, inside: bool = True) -> _Map | Refusal 
 
 def _read_product(node: ir.Node) -> _Map | Refusal | None:
     x, operand, *rest = node.inputs
-    weight, transposed = _stored(operand)
-    if x is None or weight is None:
+    stored = _stored(operand)
+    if x is None or stored is None:
         return None
     name, rank = node_name(node), facts.rank(x)
     if rank is None or rank < 2:
         return None
-    dtype = facts.dtype_of(x)
-    if dtype not in ("f32", "f16") or facts.dtype_of(weight) != dtype:
+    weight, transposed = stored
+    if facts.dtype_of(weight) not in ("f32", "f16"):
         return Refusal("types", name, "only weights of f32 and f16 are packed")
-    bias = None
-    if node.op_type == "Gemm":
-        plain = all(
-            node.attributes[key].as_float() == 1.0
-            for key in ("alpha", "beta")
-            if key in node.attributes
-        )
-        if not plain or facts.attribute_int(node, "transA", 0):
-            return Refusal("gemm_form", name, "scales its operands or transposes x")
-        transposed ^= bool(facts.attribute_int(node, "transB", 0))
-        bias = rest[0] if rest else None
+    # A MatMul has none of these attributes.
+    factors = [node.attributes[key] for key in ("alpha", "beta") if key in node.attributes]
+    scales = any(factor.as_float() != 1.0 for factor in factors)
+    if scales or facts.attribute_int(node, "transA", 0):
+        return Refusal("gemm_form", name, "scales its operands or transposes x")
+    transposed ^= bool(facts.attribute_int(node, "transB", 0))
+    bias = rest[0] if rest else None
     found = _Map(x, weight, transposed, None, (node,))
     inner, columns = found.shape
     if len(weight.uses()) > 1 or weight.is_graph_output():
@@ -115,26 +111,24 @@ def _read_product(node: ir.Node) -> _Map | Refusal | None:
     return dataclasses.replace(found, bias=vector)
 
 
-def _stored(value: ir.Value | None) -> tuple[ir.Value | None, bool]:
+def _stored(value: ir.Value | None) -> tuple[ir.Value, bool] | None:
     """The constant matrix behind `value`, and whether `value` is its transpose."""
     node = value.producer() if value is not None else None
     transposed = facts.permutation(node) == (1, 0)
     if node is not None and transposed:
         if len(node.outputs[0].uses()) != 1 or node.outputs[0].is_graph_output():
-            return None, False
+            return None
         value = node.inputs[0]
-    if value is None or value.const_value is None or value.is_graph_input():
-        return None, False
-    return (value, transposed) if facts.rank(value) == 2 else (None, False)
+    if not facts.is_constant(value) or facts.rank(value) != 2:
+        return None
+    return value, transposed
 
 
 def _packed(like: ir.Value, panels: tuple[int, ...], make: Callable[[], np.ndarray]) -> ir.Value:
     """A made-up constant of the type of `like` that is computed when it is read."""
     assert like.dtype is not None
     tensor = ir.LazyTensor(lambda: ir.tensor(make()), dtype=like.dtype, shape=ir.Shape(panels))
-    value = ir.val(f"{like.name}_packed", const_value=tensor)
-    tensor.name = value.name
-    return value
+    return ir.val(f"{like.name}_packed", const_value=tensor)
 
 
 class FuseLinear(Rule):
@@ -179,7 +173,7 @@ class FuseLinear(Rule):
         speller.vector("bias", PANEL)
 
     def propose(self, root: ir.Node) -> Rewrite | Miss | None:
-        spec = Gated.parse(root.op_type) if root.domain == DOMAIN else None
+        spec = Gated.parse(root.op_type)
         if spec is not None and spec.layout != "none":
             return self._unit(root, spec)
         if spec is not None or root.op_type in _STANDARD:
@@ -193,7 +187,7 @@ class FuseLinear(Rule):
             return Miss((root,), found)
         if found is None:
             return None
-        dtype = facts.dtype_of(found.x)
+        dtype = facts.dtype_of(found.weight)
         assert dtype is not None
         return self._rewrite(root, found, Gated("identity", "none", dtype), {})
 
@@ -224,15 +218,11 @@ class FuseLinear(Rule):
             first, second = second, first
         biases = []
         if found.bias is not None:
-            array = facts.constant(found.bias)
-            if array is None:
-                assert found.bias.const_value is not None
-                array = found.bias.const_value.numpy()
-            flat = array.reshape(-1)
-            for part, columns in (("gate", first), ("up", second)):
-                name = f"{found.bias.name}_{part}"
-                tensor = ir.tensor(np.ascontiguousarray(flat[columns]), name=name)
-                biases.append(ir.val(name, const_value=tensor))
+            assert found.bias.const_value is not None
+            array = found.bias.const_value.numpy().ravel()
+            for index, columns in enumerate((first, second)):
+                tensor = ir.tensor(np.ascontiguousarray(array[columns]))
+                biases.append(ir.val(f"{found.bias.name}_{index}", const_value=tensor))
         linear = Linear.ending_in(spec, bias=bool(biases))
         if linear is None:
             return None

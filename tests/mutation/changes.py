@@ -137,12 +137,12 @@ def _children(node: ast.AST) -> Iterator[tuple[Any, str | int, ast.AST]]:
         if isinstance(value, ast.AST):
             yield node, name, value
         elif isinstance(value, list):
-            known = [child for child in value if isinstance(child, ast.AST)]
+            end = None
             if isinstance(node, ast.Call) and name == "args":
-                called = ast.unparse(node.func).split(".")[-1]
-                known = known[: WORDS.get(called)]
-            for index, child in enumerate(known):
-                yield value, index, child
+                end = WORDS.get(ast.unparse(node.func).split(".")[-1])
+            for index, child in enumerate(value[:end]):
+                if isinstance(child, ast.AST):  # not the key of a dict taken in whole
+                    yield value, index, child
 
 
 def _says_nothing(node: ast.AST) -> bool:

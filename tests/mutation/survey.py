@@ -14,6 +14,7 @@ import json
 import os
 import signal
 import time
+import traceback
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import CodeType
@@ -29,6 +30,7 @@ OPTIONS = (
     "-x", "-q", "--assert=plain", "--hypothesis-profile=mutation", "-p", "no:cacheprovider",
     "-m", "not (kernel or model or serving or cuda)",
 )  # fmt: skip
+_TERMINAL = os.dup(2)
 # Exit status of a child whose own machinery failed, not a test.
 BROKEN = 70
 
@@ -66,7 +68,11 @@ class Collected:
         self.work = work
 
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
-        self.work({item.nodeid: item for item in session.items})
+        try:
+            self.work({item.nodeid: item for item in session.items})
+        except BaseException:  # pytest would tell nobody here
+            os.write(_TERMINAL, traceback.format_exc().encode())
+            raise
         return True
 
 
@@ -101,6 +107,8 @@ def start_child(work: Callable[[], int], limit: float | None = None) -> int:
             os.dup2(silent, 1)
             os.dup2(silent, 2)
             status = work()
+        except BaseException:
+            os.write(_TERMINAL, traceback.format_exc().encode())
         finally:
             os._exit(status)
     return child

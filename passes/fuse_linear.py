@@ -178,8 +178,10 @@ class FuseLinear(Rule):
             return self._unit(root, spec)
         if spec is not None or root.op_type in _STANDARD:
             act = read_activation(root.outputs[0])
-            found = _read_map(act.gate) if act is not None else None
-            if act is None or not isinstance(found, _Map):
+            if act is None:
+                return None
+            found = _read_map(act.gate)
+            if not isinstance(found, _Map):
                 return None
             return self._rewrite(root, found, act.spec, act.attributes)
         found = _read_map(root.outputs[0], inside=False)

@@ -86,7 +86,7 @@ def main() -> None:
     os.chdir(ROOT)
     with warnings.catch_warnings(action="ignore"):
         onnx.backend.test.case.node.collect_testcases(None)
-    known = None if options.list else survey(options.survey)
+    known = None if options.list else survey(options.survey, options.jobs)
     for name in known.failing if known else ():
         print(f"left out, it fails without any mutant: {name}")
     counts: dict[str, tuple[int, int]] = {}

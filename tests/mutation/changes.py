@@ -35,6 +35,7 @@ class Mutant:
         path: of the file.
         lines: of the statement it is in.
         text: the function and the change.
+        outermost: the statement of the module it is in.
     """
 
     path: str
@@ -43,8 +44,11 @@ class Mutant:
     holder: Any
     key: str | int
     replacement: ast.AST
+    outermost: ast.stmt
 
-    def code(self, tree: ast.Module) -> CodeType:
+    def code(self, tree: ast.Module | None = None) -> CodeType:
+        """The changed module's, or that of the changed statement of the module alone."""
+        tree = tree or ast.Module([self.outermost], [])
         old = _swap(self.holder, self.key, ast.copy_location(self.replacement, self.old))
         try:
             return compile(ast.fix_missing_locations(tree), self.path, "exec")
@@ -174,7 +178,8 @@ def mutants(file: Path) -> tuple[ast.Module, list[Mutant]]:
             counts[text] += 1
             if counts[text] > 1:
                 text = f"{text} #{counts[text]}"
-            found.append(Mutant(str(file), _lines([*around, node]), text, holder, key, new))
+            path = [*around, node]
+            found.append(Mutant(str(file), _lines(path), text, holder, key, new, path[1]))
         for inner, name, child in _children(node):
             visit(inner, name, child, [*around, node])
 

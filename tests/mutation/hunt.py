@@ -32,7 +32,7 @@ from tests.mutation.survey import (
 # before it counts as stuck, which counts as noticed.
 PATIENCE, FACTOR = 10, 3
 # Seconds of tests a mutant meets at most; one that only later tests would notice counts as left.
-BUDGET = float(os.environ.get("MUT_BUDGET", 30.0))
+BUDGET = float(os.environ.get("MUT_BUDGET", 5.0))
 
 _Functions = Mapping[tuple[str, int], Sequence[FunctionType]]
 
@@ -64,12 +64,12 @@ def hunt_all(hunts: Sequence[Hunt], report: Callable[[Hunt, Sequence[Mutant]], N
         for hunt in hunts:
             hunt.in_place(items)
             report(hunt, hunt.left)
-            hunt.kept.write_text(json.dumps((hunt.indices, hunt.kills)))
+            hunt.kept.write_text(json.dumps((hunt.indices, hunt.outside, hunt.kills)))
 
     if in_child(lambda: int(pytest.main([*OPTIONS, TESTS], plugins=[Collected(work)]))):
         raise SystemExit("the hunt broke off")
     for hunt in hunts:
-        indices, kills = json.loads(hunt.kept.read_text())
+        indices, hunt.outside, kills = json.loads(hunt.kept.read_text())
         hunt.kills.update(kills)
         hunt.at_import()
         report(hunt, hunt.left)
@@ -89,6 +89,8 @@ class Hunt:
 
     Attributes:
         indices: of the mutants nothing has noticed so far.
+        inside: of those that change functions.
+        outside: of those that change what runs at import.
         kills: how often the tests of a function noticed one.
         killers: the tests that did.
     """
@@ -110,9 +112,10 @@ class Hunt:
         self.jobs = jobs
         self.kept = folder / f"{file.name}.json"
         self.indices: list[int] = []
+        self.inside: list[int] = []
+        self.outside: list[int] = []
         self.kills: collections.Counter[str] = collections.Counter()
         self.killers: set[str] = set()
-        self.codes = _codes(compile(tree, str(file), "exec"))
 
     @property
     def left(self) -> list[Mutant]:
@@ -125,33 +128,38 @@ class Hunt:
 
     def in_place(self, items: Mapping[str, pytest.Item]) -> None:
         """Try changes of functions imported already on tests collected already."""
+        imported = self.survey.imported.get(self.file.name, frozenset())
+        for index, mutant in enumerate(self.mutants):
+            (self.inside if imported.isdisjoint(mutant.lines) else self.outside).append(index)
         survives = functools.partial(self._survives_in_place, items, _functions(self.file))
-        self._share(survives, lambda: self._stands(items), at_import=False)
+        self._share(self.inside, survives, lambda: self._stands(items))
 
     def at_import(self) -> None:
         """Try the changes that must be there when the module is imported."""
-        self._share(self._survives_import, lambda: True, at_import=True)
+        self._share(self.outside, self._survives_import, lambda: True)
 
     def _share(
-        self, survives: Callable[[Mutant], bool], stands: Callable[[], bool], *, at_import: bool
+        self,
+        chosen: Sequence[int],
+        survives: Callable[[Mutant], bool | None],
+        stands: Callable[[], bool],
     ) -> None:
-        """Deal the mutants out to processes, and gather what survives and which tests noticed.
+        """Deal mutants out to processes, and gather what survives and which tests noticed.
+
+        Args:
+            chosen: indices of the mutants.
+            survives: None where it cannot be tried this way.
+            stands: whether the tests that noticed something pass on the unchanged file.
 
         Raises:
-            SystemExit: a process failed; so it does where tests that notice something fail on
-                the unchanged file too.
+            SystemExit: a process failed, or its tests do not stand.
         """
-        chosen = [
-            index
-            for index, mutant in enumerate(self.mutants)
-            if self._runs_at_import(mutant) == at_import
-        ]
         jobs = min(self.jobs, len(chosen))
 
         def hunt(worker: int) -> int:
             self.worker = worker
-            left = [index for index in chosen[worker::jobs] if survives(self.mutants[index])]
-            self._result(worker).write_text(json.dumps((left, self.kills)))
+            found = [(index, survives(self.mutants[index])) for index in chosen[worker::jobs]]
+            self._result(worker).write_text(json.dumps((found, self.kills)))
             return int(not stands())
 
         children = [start_child(functools.partial(hunt, worker)) for worker in range(jobs)]
@@ -159,20 +167,14 @@ class Hunt:
         if any(statuses):
             raise SystemExit(f"the hunt in {self.file.name} broke off")
         for worker in range(jobs):
-            left, kills = json.loads(self._result(worker).read_text())
-            self.indices += left
+            found, kills = json.loads(self._result(worker).read_text())
+            self.indices += [index for index, survived in found if survived]
+            self.outside += [index for index, survived in found if survived is None]
             self.kills.update(kills)
         self.indices.sort()
 
     def _result(self, worker: int) -> Path:
         return self.folder / f"left_{worker}"
-
-    def _runs_at_import(self, mutant: Mutant) -> bool:
-        """Whether the change must be there when the module is imported."""
-        if not self.survey.imported.get(self.file.name, frozenset()).isdisjoint(mutant.lines):
-            return True
-        # A function keeps the closure it was made with.
-        return _closures(_codes(mutant.code(self.tree))) != _closures(self.codes)
 
     def _survives_import(self, mutant: Mutant) -> bool:
         """Whether the tests pass where the module is imported with the change.
@@ -198,7 +200,7 @@ class Hunt:
 
     def _survives_in_place(
         self, items: Mapping[str, pytest.Item], live: _Functions, mutant: Mutant
-    ) -> bool:
+    ) -> bool | None:
         """Whether the tests pass where functions imported already have the change."""
         direct = [
             name
@@ -206,20 +208,24 @@ class Hunt:
             if trial.runs(self.file.name, mutant.lines)
         ]
         order = self._order(direct)
-        tests = [items[name] for name in order]
-        work = functools.partial(self._run, tests, mutant.code(self.tree), live)
+        code = mutant.code()
+        changed = [(function, part) for key, part in _walk(code) for function in live.get(key, ())]
+        if any(function.__code__.co_freevars != part.co_freevars for function, part in changed):
+            return None  # a function keeps the closure it was made with
+        work = functools.partial(self._run, [items[name] for name in order], changed)
         return not order or self._status(work, order) == 0
 
     def _stands(self, items: Mapping[str, pytest.Item]) -> bool:
         """Whether all tests that noticed something pass one after another on the file as it is."""
         tests = [item for name, item in items.items() if name in self.killers]
-        return in_child(functools.partial(self._run, tests, None, {})) == 0
+        return in_child(functools.partial(self._run, tests, [])) == 0
 
-    def _run(self, tests: Sequence[pytest.Item], code: CodeType | None, live: _Functions) -> int:
-        """1 if a test fails where the live functions of the file have this code."""
-        for (name, line), part in _codes(code):
-            for function in live.get((name, line), ()):
-                function.__code__ = part
+    def _run(
+        self, tests: Sequence[pytest.Item], changed: Sequence[tuple[FunctionType, CodeType]]
+    ) -> int:
+        """1 if a test fails where these functions have this code."""
+        for function, code in changed:
+            function.__code__ = code
         for test in tests:
             if not passes_alone(test):
                 self.killer.write_text(test.nodeid)
@@ -253,20 +259,12 @@ class Hunt:
         return order
 
 
-def _codes(code: CodeType | None) -> list[tuple[tuple[str, int], CodeType]]:
-    """Every code object in a module's, outer ones first, with its name and first line."""
-    return list(_walk(code)) if code is not None else []
-
-
 def _walk(code: CodeType) -> Iterator[tuple[tuple[str, int], CodeType]]:
+    """Every code object in another, outer ones first, with its name and first line."""
     for part in code.co_consts:
         if isinstance(part, CodeType):
             yield (part.co_qualname, part.co_firstlineno), part
             yield from _walk(part)
-
-
-def _closures(codes: Sequence[tuple[tuple[str, int], CodeType]]) -> list[object]:
-    return [(key, part.co_freevars) for key, part in codes]
 
 
 def _functions(file: Path) -> _Functions:

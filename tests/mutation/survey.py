@@ -15,7 +15,7 @@ import os
 import signal
 import time
 import traceback
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import CodeType
 from typing import Any
@@ -125,7 +125,7 @@ def load_instead(codes: Mapping[Path, CodeType]) -> None:
     loader.get_code = get_code  # type: ignore[method-assign, assignment]
 
 
-def survey(kept: Path) -> Survey:
+def survey(kept: Path, jobs: int) -> Survey:
     """What tests execute; `kept` has it from an earlier run.
 
     Tests that are new or whose file has changed are run, of others the lines are followed through
@@ -143,7 +143,7 @@ def survey(kept: Path) -> Survey:
         kept.parent.mkdir(parents=True, exist_ok=True)
         new = kept.with_suffix(".new")
         new.unlink(missing_ok=True)
-        in_child(functools.partial(_look, new, known))
+        in_child(functools.partial(_look, new, known, jobs))
         if not new.exists():
             raise SystemExit(f"the tests cannot be collected: pytest {TESTS}")
         old = {**json.loads(new.read_text()), "sources": sources, "digests": digests}
@@ -194,27 +194,42 @@ def _changes(before: str, after: str) -> list[tuple[str, int, int, int, int]]:
     return matcher.get_opcodes()
 
 
-def _look(result: Path, known: Mapping[str, Any]) -> int:
+def _look(result: Path, known: Mapping[str, Any], jobs: int) -> int:
     """Run every test that is not known, each alone in a forked child, and write down all."""
     ran: set[tuple[str, int]] = set()
     builtins.ran_lines = ran  # type: ignore[attr-defined]
     load_instead({file: probed(file) for file in PASSES.glob("*.py")})
 
-    def work(items: dict[str, pytest.Item]) -> None:
-        imported = _lists(ran)
-        trials = {name: known[name] for name in items if name in known}
-        failing = []
-        one = result.with_suffix(".one")
-        for name, item in items.items():
-            if name in known:
-                continue
-            if in_child(functools.partial(_try, item, ran, one)) == 0:
+    def look(names: Sequence[str], items: Mapping[str, pytest.Item], part: Path) -> int:
+        trials, failing = {}, []
+        for name in names:
+            one = part.with_suffix(f"{part.suffix}.one")
+            if in_child(functools.partial(_try, items[name], ran, one)) == 0:
                 trials[name] = json.loads(one.read_text())
+                one.unlink()
             else:
                 failing.append(name)
-        one.unlink(missing_ok=True)
-        found = {"imported": imported, "trials": trials, "failing": failing}
-        result.write_text(json.dumps(found))
+        part.write_text(json.dumps((trials, failing)))
+        return 0
+
+    def work(items: dict[str, pytest.Item]) -> None:
+        imported = _lists(ran)
+        new = [name for name in items if name not in known]
+        parts = [result.with_suffix(f".part{index}") for index in range(jobs)]
+        children = [
+            start_child(functools.partial(look, new[index::jobs], items, part))
+            for index, part in enumerate(parts)
+        ]
+        if any([status_of(child) for child in children]):  # noqa: C419 -- waits for all
+            raise SystemExit("the survey broke off")
+        trials = {name: known[name] for name in items if name in known}
+        failing = []
+        for part in parts:
+            found, failed = json.loads(part.read_text())
+            trials.update(found)
+            failing += failed
+            part.unlink()
+        result.write_text(json.dumps({"imported": imported, "trials": trials, "failing": failing}))
 
     return int(pytest.main([*OPTIONS, TESTS], plugins=[Collected(work)]))
 

@@ -174,6 +174,8 @@ CONSTANTS = {
         ("Linear_gelu", "h = MatMul (x, w)\n y = Gelu (h)", PLAIN),
         ("Linear_swish", "h = MatMul (x, w)\n y = fusenorm.Swish <beta = 1.5> (h)", PLAIN),
         (None, "y = Relu (x)", PLAIN),
+        (None, "h = other.Cos (x)\n y = Relu (h)", PLAIN),
+        (None, "h = MatMul (x, w)\n g = Neg (h)\n y = Relu (h)", PLAIN),
         (None, "h = MatMul (x, w)\n y = Cos (h)", PLAIN),
         # gated units
         ("LinearGLU_sigmoid", f"g = MatMul (x, w)\n u = MatMul (x, v)\n y = {GATED} (g, u)", PLAIN),

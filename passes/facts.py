@@ -66,6 +66,12 @@ def attribute_int(node: ir.Node, name: str, default: int) -> int:
     return default if attribute is None else attribute.as_int()
 
 
+def made_by(value: ir.Value | None, op_type: str) -> ir.Node | None:
+    """The standard node of this type that makes `value`."""
+    node = value.producer() if value is not None else None
+    return node if node is not None and (node.domain, node.op_type) == ("", op_type) else None
+
+
 def permutation(node: ir.Node | None) -> tuple[int, ...] | None:
     """The order a standard Transpose puts its axes in; None for other nodes, or if unknown."""
     if node is None or (node.domain, node.op_type) != ("", "Transpose"):
@@ -317,13 +323,13 @@ class View:
 
 def view_of(value: ir.Value) -> View | None:
     """The view `value` provably is a part of, without the axis of the parts."""
-    squeeze = _made_by(value, "Squeeze")
+    squeeze = made_by(value, "Squeeze")
     part = squeeze.inputs[0] if squeeze is not None else value
     taken, node = (_taken(part, 2), part.producer()) if part is not None else (None, None)
     if taken is None or node is None or len(taken.places) != 1 or taken.keeps == (part is value):
         return None
     pairs = node.inputs[0]
-    reshape = _made_by(pairs, "Reshape")
+    reshape = made_by(pairs, "Reshape")
     if pairs is None or pairs.shape is None or reshape is None:
         return None
     (source, target), known = reshape.inputs, pairs.shape.rank()
@@ -341,12 +347,6 @@ def view_of(value: ir.Value) -> View | None:
     if not whole or axis not in (-2, -1) or tuple(pairs.shape[-2:]) != pair:
         return None
     return View(source, target, pair, axis, taken.places[0])
-
-
-def _made_by(value: ir.Value | None, op_type: str) -> ir.Node | None:
-    """The standard node of this type that makes `value`."""
-    node = value.producer() if value is not None else None
-    return node if node is not None and (node.domain, node.op_type) == ("", op_type) else None
 
 
 @dataclasses.dataclass(frozen=True)

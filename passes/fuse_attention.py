@@ -180,8 +180,8 @@ def _read_written(product: ir.Node) -> _Site | None:
         return None
     nodes = [product]
     weights, empty = _read_safe(weights, nodes)
-    softmax = weights.producer()
-    if softmax is None or softmax.op_type != "Softmax" or softmax.domain != "":
+    softmax = facts.made_by(weights, "Softmax")
+    if softmax is None:
         return None
     axis = facts.attribute_int(softmax, "axis", -1)
     if not facts.is_last_axis(axis, weights):
@@ -204,8 +204,8 @@ def _read_written(product: ir.Node) -> _Site | None:
 def _read_idle(reader: ir.Node) -> list[ir.Node]:
     """The Reshape in front of `reader` if it provably changes nothing."""
     value = _input(reader)
-    node = value.producer()
-    if node is None or node.op_type != "Reshape" or node.domain != "" or not _is_inside(value):
+    node = facts.made_by(value, "Reshape")
+    if node is None or not _is_inside(value):
         return []
     source = _input(node)
     return [node] if source.shape is not None and _same(value.shape, source.shape) else []
@@ -213,14 +213,12 @@ def _read_idle(reader: ir.Node) -> list[ir.Node]:
 
 def _read_safe(weights: ir.Value, nodes: list[ir.Node]) -> tuple[ir.Value, Empty]:
     """Through Where(IsNaN(weights), 0, weights)."""
-    where = weights.producer()
-    if where is None or where.op_type != "Where" or where.domain != "":
+    where = facts.made_by(weights, "Where")
+    if where is None:
         return weights, "nan"
     condition, zero, source = where.inputs
-    test = condition.producer() if condition is not None else None
-    if test is None or test.op_type != "IsNaN" or test.inputs[0] is not source or source is None:
-        return weights, "nan"
-    if facts.scalar(zero) != 0.0:
+    test = facts.made_by(condition, "IsNaN")
+    if test is None or test.inputs[0] is not source or source is None or facts.scalar(zero) != 0.0:
         return weights, "nan"
     if not _is_inside(weights) or not _is_inside(source, 2):
         raise _Refused("shared", where, f"{source.name} has other readers")
@@ -301,7 +299,7 @@ def _strip_factors(site: _Site, value: ir.Value) -> ir.Value:
     while True:
         node = value.producer()
         factored = _factor(node) if node is not None else None
-        if node is None or factored is None or facts.scalar(factored[0]) is not None:
+        if node is None or factored is None:
             return value
         site.nodes.append(node)
         value, factor = factored
@@ -331,9 +329,10 @@ def _read_flat_swap(site: _Site, keys: ir.Value) -> ir.Value:
     chain = []
     value = keys
     for op_type in ("Reshape", "Transpose", "Reshape"):
-        node = value.producer()
-        if node is None or node.op_type != op_type or node.domain != "":
-            raise _Refused("keys", node, f"{keys.name} is no transpose of the keys")
+        node = facts.made_by(value, op_type)
+        if node is None:
+            detail = f"{keys.name} is no transpose of the keys"
+            raise _Refused("keys", value.producer(), detail)
         chain.append(node)
         value = _input(node)
     flat = chain[1].inputs[0]
@@ -387,8 +386,8 @@ def _read_repeat(value: ir.Value) -> _Repeat | None:
     nodes = []
     result = value
     for op_type in ("Reshape", "Expand", "Unsqueeze"):
-        node = value.producer()
-        if node is None or node.op_type != op_type or node.domain != "":
+        node = facts.made_by(value, op_type)
+        if node is None:
             return None
         nodes.append(node)
         value = _input(node)

@@ -11,6 +11,8 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 import fusenorm
+from fusenorm.passes.pattern import Miss
+from fusenorm.passes.rewrite import Rule
 from fusenorm.report import Report
 
 WIDTH = 8
@@ -55,6 +57,37 @@ def values(
     graph = ir.from_proto(proto).graph
     produced = [out for node in graph for out in node.outputs]
     return {str(v.name): v for v in (*graph.inputs, *graph.initializers.values(), *produced)}
+
+
+def proposed(
+    rule: Rule, body: str, inputs: str, *, constants: Mapping[str, np.ndarray], opset: int = 18
+) -> str | None:
+    """What a rule makes of the node that computes y, before any proof.
+
+    Args:
+        rule: asked for a proposal.
+        body: of a graph with one output, y.
+        inputs: the same.
+        constants: those the body reads become initializers.
+        opset: of the model, which knows the domains `fusenorm` and `other` too.
+
+    Returns:
+        The fused op, the code of the refusal, or None.
+    """
+    proto = onnx.parser.parse_model(
+        f'<ir_version: 10, opset_import: ["" : {opset}, "fusenorm" : 1, "other" : 1]>\n'
+        f"graph ({inputs}) => (float[] y) {{\n{body}\n}}"
+    )
+    read = {name for node in proto.graph.node for name in node.input}
+    for name in sorted(read & constants.keys()):
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(constants[name], name))
+    graph = ir.from_proto(onnx.shape_inference.infer_shapes(proto, data_prop=True)).graph
+    root = graph.outputs[0].producer()
+    assert root is not None
+    outcome = rule.propose(root)
+    if isinstance(outcome, Miss):
+        return outcome.refusal.code if outcome.refusal is not None else "?"
+    return None if outcome is None else outcome.spec.op_type
 
 
 def run(proto: onnx.ModelProto, feeds: Mapping[str, np.ndarray]) -> list[np.ndarray]:

@@ -14,7 +14,7 @@ from fusenorm.passes.rewrite import MISS_KEY
 from fusenorm.passes.speller import Speller, spellings
 from fusenorm.passes.validate import Validator
 from fusenorm.passes.verify_graph import verify_graph
-from tests.graphs import model, rows, run
+from tests.graphs import model, proposed, rows, run
 
 HEADS = "float[b,6,s,4] q, float[b,6,t,4] k, float[b,6,t,4] v, float[b,1,s,t] m"
 SEQUENCE = "float[b,s,6,4] q, float[b,t,6,4] k, float[b,t,6,4] v, float[b,1,s,t] m"
@@ -27,6 +27,7 @@ CONSTANTS = {
     "z": np.float32(0),
     "one": np.float32(1),
 }
+OUTER = "y = Transpose <perm = [0, 2, 1, 3]> (o)"
 KEYS = "kt = Transpose <perm = [0, 1, 3, 2]> (k)\n"
 SCORES = KEYS + "d = MatMul (q, kt)\n e = Mul (d, c)\n"
 TAIL = "p = Softmax (a)\n y = MatMul (p, v)"
@@ -84,6 +85,166 @@ def test_every_spelling_fuses_and_agrees(opset: int) -> None:
     assert all(len(fused) == 1 and not codes for fused, codes in found)
     layouts = {fused[0].removesuffix("_mask") for fused, _ in found}
     assert layouts == {f"Attention_{q}{k}{v}h" for q in "hs" for k in "hs" for v in "hs"}
+
+
+STATIC = "float[2,6,5,4] q, float[2,6,7,4] k, float[2,6,7,4] v"
+SHARED = "float[2,6,5,4] q, float[2,2,7,4] k, float[2,2,7,4] v"
+WRITTEN = KEYS + "d = MatMul (q, kt)\n a = Mul (d, c)\n"
+ADDED = WRITTEN.replace("a =", "e =") + "a = Add (e, {})\n" + TAIL
+PRODUCT = "n = MatMul (q, u)\n"
+FACTOR = KEYS + "d = MatMul (q, kt)\n a = {}\n" + TAIL
+PLAIN_SAFE = WRITTEN + "p = Softmax (a)\n n = IsNaN (p)\n w = Where (n, z, p)\n y = MatMul (w, v)"
+TURN = "kf = Reshape (k, flat)\n kp = Transpose <perm = [0, 2, 1]> (kf)\n kt = Reshape (kp, full)\n"
+FLAT_KEYS = TURN + WRITTEN.removeprefix(KEYS) + TAIL
+COPY = "{0}u = Unsqueeze ({0}, two)\n {0}e = Expand ({0}u, five)\n {0}r = Reshape ({0}e, whole)\n"
+COPIED = COPY.format("k") + COPY.format("v") + WRITTEN.replace("(k)", "(kr)")
+COPIED += TAIL.replace("v)", "vr)")
+STANDARD = "y = Attention <scale = 0.5> (q, k, v, m)"
+NUMBERS = {
+    "c": np.array(0.5, np.float32),
+    "z": np.array(0, np.float32),
+    "one": np.array(1, np.float32),
+    "inf": np.array(np.inf, np.float32),
+    "row": np.linspace(1, 2, 7, dtype=np.float32),
+    "zeros": np.zeros(7, np.float32),
+    "w47": rows(4, 7),
+    "flat": np.array([12, 7, 4]),
+    "flat_turned": np.array([12, 4, 7]),
+    "flat_heads": np.array([2, 42, 4]),
+    "full": np.array([2, 6, 4, 7]),
+    "full_swapped": np.array([6, 2, 4, 7]),
+    "two": np.array([2]),
+    "minus3": np.array([-3]),
+    "first": np.array([1]),
+    "five": np.array([1, 1, 3, 1, 1]),
+    "five_batch": np.array([2, 2, 3, 7, 4]),
+    "five_first": np.array([1, 3, 1, 1, 1]),
+    "six": np.array([1, 1, 1, 3, 1, 1]),
+    "whole": np.array([2, 6, 7, 4]),
+    "whole_mixed": np.array([2, 3, 14, 4]),
+}
+
+
+@pytest.mark.parametrize(
+    ("found", "body", "inputs"),
+    [
+        ("Attention_hhhh", WRITTEN + TAIL, HEADS),
+        ("Attention_hhhh", WRITTEN + TAIL.replace("(a)", "<axis = 3> (a)"), HEADS),
+        ("axis", WRITTEN + TAIL.replace("(a)", "<axis = 2> (a)"), HEADS),
+        (None, WRITTEN + TAIL.replace("Softmax", "other.Softmax"), HEADS),
+        (None, WRITTEN + TAIL.replace("Softmax", "Sigmoid"), HEADS),
+        (None, "y = MatMul (m, v)", HEADS),
+        ("shared", WRITTEN + TAIL + "\n r = Neg (p)", HEADS),
+        ("shared", "p = Softmax (m)\n y = MatMul (p, v)", HEADS),
+        # weights made safe
+        ("Attention_hhhh_safe", PLAIN_SAFE, HEADS),
+        (None, PLAIN_SAFE.replace("IsNaN", "other.IsNaN"), HEADS),
+        (None, PLAIN_SAFE.replace("Where", "other.Where"), HEADS),
+        (None, PLAIN_SAFE.replace("IsNaN", "Not"), HEADS),
+        (None, PLAIN_SAFE.replace("IsNaN (p)", "IsNaN (a)"), HEADS),
+        (None, PLAIN_SAFE.replace("z, p", "one, p"), HEADS),
+        (None, PLAIN_SAFE.replace("z, p", "zeros, p"), HEADS),
+        (None, PLAIN_SAFE.replace("n = IsNaN (p)\n", "").replace("(n,", "(mb,"), HEADS),
+        ("shared", PLAIN_SAFE + "\n r = Neg (p)", HEADS),
+        ("shared", PLAIN_SAFE + "\n r = Neg (w)", HEADS),
+        # the scores
+        ("shared", WRITTEN + TAIL + "\n r = Neg (a)", HEADS),
+        ("shared", WRITTEN + TAIL + "\n r = Neg (d)", HEADS),
+        ("shared", WRITTEN + "b = other.Neg (a)\n" + TAIL.replace("(a)", "(b)"), HEADS),
+        ("scores", WRITTEN + "b = Neg (a)\n" + TAIL.replace("(a)", "(b)"), HEADS),
+        ("Attention_hhhh_mask", ADDED.format("m"), HEADS),
+        ("Attention_hhhh_mask", ADDED.replace("e, {}", "m, e"), HEADS),
+        ("Attention_hhhh_mask", "n = MatMul (q, w47)\n" + ADDED.format("n"), HEADS),
+        ("Attention_hhhh_mask", PRODUCT + "l = Neg (n)\n" + ADDED.format("l"), HEADS),
+        ("types", PRODUCT + "l = other.Mul (n, c)\n" + ADDED.format("l"), HEADS),
+        ("scores", PRODUCT + ADDED.format("n"), HEADS),
+        ("scores", PRODUCT + "l = Mul (c, n)\n" + ADDED.format("l"), HEADS),
+        ("scores", PRODUCT + "l = Div (n, c)\n" + ADDED.format("l"), HEADS),
+        ("scores", PRODUCT + "l = Add (m, n)\n" + ADDED.format("l"), HEADS),
+        ("scores", "a = Add (m, m)\n" + TAIL, HEADS),
+        ("scores", "t = Neg (m)\n l = Mul (t, c)\n a = Add (l, m)\n" + TAIL, HEADS),
+        ("softcap", "t = Tanh (m)\n l = Mul (t, c)\n a = Add (l, m)\n" + TAIL, HEADS),
+        ("softcap", "t = Tanh (m)\n l = Div (t, c)\n a = Add (m, l)\n" + TAIL, HEADS),
+        ("two_masks", ADDED.format("m").replace("p =", "f = Add (a, m)\n p =").replace(
+            "Softmax (a)", "Softmax (f)"), HEADS),
+        ("scaled_mask", KEYS + "d = MatMul (q, kt)\n e = Add (d, m)\n a = Mul (e, c)\n" + TAIL,
+         HEADS),
+        # factors
+        *(("Attention_hhhh", FACTOR.format(f), HEADS)
+          for f in ("Mul (d, c)", "Mul (c, d)", "Div (d, c)")),
+        *(("scores", FACTOR.format(f), HEADS)
+          for f in ("Mul (d, inf)", "Mul (d, row)", "Div (c, d)", "Div (d, z)", "Div (d, inf)")),
+        ("shared", FACTOR.format("other.Mul (d, c)"), HEADS),
+        ("Attention_hhhh", "qs = Mul (q, c)\n" + WRITTEN.replace("(q,", "(qs,") + TAIL, HEADS),
+        ("Attention_hhhh", "ks = Div (k, c)\n" + WRITTEN.replace("(k)", "(ks)") + TAIL, HEADS),
+        # the keys
+        ("keys", WRITTEN.replace("0, 1, 3, 2", "1, 0, 3, 2") + TAIL, HEADS),
+        ("keys", WRITTEN.replace("Transpose", "other.Transpose") + TAIL, HEADS),
+        ("keys", "d = MatMul (q, k)\n a = Mul (d, c)\n" + TAIL, HEADS),
+        ("Attention_hhhh", FLAT_KEYS, STATIC),
+        ("keys", FLAT_KEYS.replace("flat", "flat_turned"), STATIC),
+        ("keys", FLAT_KEYS.replace("flat", "flat_heads"), STATIC),
+        ("keys", FLAT_KEYS.replace("full", "full_swapped"), STATIC),
+        ("keys", FLAT_KEYS.replace("0, 2, 1", "0, 1, 2"), STATIC),
+        ("keys", FLAT_KEYS.replace("Transpose", "other.Transpose"), STATIC),
+        ("keys", FLAT_KEYS.replace("Reshape (k,", "other.Reshape (k,"), STATIC),
+        ("keys", FLAT_KEYS.replace("Reshape (kp,", "other.Reshape (kp,"), STATIC),
+        ("keys", FLAT_KEYS.replace("Transpose <perm = [0, 2, 1]>", "Neg"), STATIC),
+        ("keys", FLAT_KEYS, STATIC.replace("float[2,6,7,4] k", "float[] k")),
+        # heads repeated
+        ("Attention_hhhh_grouped", COPIED, SHARED),
+        ("Attention_hhhh_grouped", COPIED.replace("two", "minus3"), SHARED),
+        ("Attention_hhhh_grouped", COPIED.replace("five", "five_batch"), SHARED),
+        ("Attention_hhhh", COPIED.replace("two", "first").replace("five", "five_first"), SHARED),
+        ("types", COPIED.replace("Unsqueeze", "other.Unsqueeze"), SHARED),
+        ("types", COPIED.replace("Expand", "other.Expand"), SHARED),
+        ("types", COPIED.replace("Reshape", "other.Reshape"), SHARED),
+        ("Attention_hhhh", COPIED.replace("vr)", "q)"), SHARED),
+        ("Attention_hhhh", COPIED, SHARED.replace("float[2,6,5,4] q", "float[2,3,5,4] q")),
+        ("Attention_hhhh", COPIED, SHARED.replace("2,2,7,4] v", "2,1,14,4] v")),
+        ("Attention_hhhh", COPIED.replace("whole", "whole_mixed"), SHARED),
+        # operands
+        ("rank", WRITTEN + TAIL, HEADS.replace("float[b,6,t,4] v", "float[6,t,4] v")),
+        ("rank", WRITTEN + TAIL, HEADS.replace("float[b,6,s,4] q", "float[] q")),
+        ("rank", ADDED.format("m"), HEADS.replace("[b,1,s,t] m", "[1,b,1,s,t] m")),
+        ("rank", ADDED.format("m"), HEADS.replace("[b,1,s,t] m", "[] m")),
+        ("types", WRITTEN + TAIL, HEADS.replace("float[b,6,s,4] q", "float16[b,6,s,4] q")),
+        ("types", WRITTEN + TAIL, HEADS.replace("float[b,6,t,4] v", "double[b,6,t,4] v")),
+        ("types", ADDED.format("m"), HEADS.replace("float[b,1,s,t] m", "float16[b,1,s,t] m")),
+        ("shapes_not_proved", WRITTEN + TAIL, HEADS.replace("b,6,t,4] v", "b,6,1,4] v")),
+        ("Attention_hhhh", WRITTEN + TAIL, HEADS.replace("t,4]", "1,4]")),
+        # transposed results
+        ("Attention_hhhs", WRITTEN + TAIL.replace("y =", "o =") + "\n" + OUTER, HEADS),
+        (None, WRITTEN + TAIL.replace("y =", "o =") + "\n" + OUTER.replace("0, 2", "2, 0"), HEADS),
+        (None, WRITTEN + TAIL.replace("y =", "o =") + "\n r = Neg (o)\n" + OUTER, HEADS),
+        (None, OUTER.replace("(o)", "(q)"), HEADS),
+        (None, "o = Neg (q)\n" + OUTER, HEADS),
+        (None, "o = other.MatMul (q, k)\n" + OUTER, HEADS),
+        (None, "o = MatMul (m, v)\n" + OUTER, HEADS),
+        # the standard op
+        ("Attention_hhhh_mask_zero", STANDARD, HEADS),
+        ("Attention_hhhs_mask_zero", STANDARD.replace("y =", "o =") + "\n" + OUTER, HEADS),
+        ("Attention_hhhh_zero", "y = Attention <scale = 0.5> (q, k, v)", HEADS),
+        ("Attention_hhhh_zero", "y = Attention (q, k, v)", HEADS),
+        ("form", "y = Attention (q, k, v)", HEADS.replace("float[b,6,s,4] q", "float[b,6,s,d] q")),
+        ("form", STANDARD, HEADS.replace("[b,1,s,t]", "[b,1,s,u]")),
+        ("form", STANDARD, HEADS.replace("[b,1,s,t]", "[]")),
+        ("form", STANDARD, HEADS.replace("float[b,6,t,4] k", "float[] k")),
+        ("Attention_hhhh_mask_zero", STANDARD, HEADS.replace("[b,1,s,t]", "[s,1]")),
+        ("Attention_hhhh_mask_grouped_zero", STANDARD, GROUPED),
+        ("Attention_hhhh_grouped_zero", "y = Attention (q, k, v)", HEADS.replace("b,6,t", "b,h,t")),
+        *(("form", f"y = Attention <{attribute}> (q, k, v)", HEADS)
+          for attribute in ("is_causal = 1", "softcap = 2.0", "softmax_precision = 10",
+                            "q_num_heads = 6", "kv_num_heads = 6")),
+        *(("Attention_hhhh_zero", f"y = Attention <{attribute}> (q, k, v)", HEADS)
+          for attribute in ("is_causal = 0", "softcap = 0.0")),
+        ("form", "y, pk, pv = Attention (q, k, v, , k, v)", HEADS),
+        ("form", "y, pk = Attention (q, k, v)", HEADS),
+    ],
+)  # fmt: skip
+def test_proposals(found: str | None, body: str, inputs: str) -> None:
+    inputs += ", float[b,6,4,t] u, bool[b,6,s,t] mb"
+    assert proposed(FuseAttention(), body, inputs, constants=NUMBERS, opset=23) == found
 
 
 MOVED = """qh = Transpose <perm = [0, 2, 1, 3]> (q)\n vh = Transpose <perm = [0, 2, 1, 3]> (v)
@@ -233,9 +394,6 @@ def test_a_reshape_that_moves_data_stays() -> None:
     odd = np.array([0, 4, -1, 6], np.int64)
     proto = graph(body, SEQUENCE, "float[b,s,4,6] y", odd=odd)
     assert fuse(proto)[1:] == (["Attention_sssh"], set())
-
-
-STANDARD = "y = Attention <scale = 0.5> (q, k, v, m)"
 
 
 @pytest.mark.parametrize(

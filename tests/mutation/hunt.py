@@ -64,13 +64,12 @@ def hunt_all(hunts: Sequence[Hunt], report: Callable[[Hunt, Sequence[Mutant]], N
         for hunt in hunts:
             hunt.in_place(items)
             report(hunt, hunt.left)
-            hunt.kept.write_text(json.dumps((hunt.indices, hunt.outside, hunt.kills)))
+            hunt.kept.write_text(json.dumps((hunt.indices, hunt.outside)))
 
     if in_child(lambda: int(pytest.main([*OPTIONS, TESTS], plugins=[Collected(work)]))):
         raise SystemExit("the hunt broke off")
     for hunt in hunts:
-        indices, hunt.outside, kills = json.loads(hunt.kept.read_text())
-        hunt.kills.update(kills)
+        indices, hunt.outside = json.loads(hunt.kept.read_text())
         hunt.at_import()
         report(hunt, hunt.left)
         hunt.indices += indices
@@ -91,8 +90,7 @@ class Hunt:
         indices: of the mutants nothing has noticed so far.
         inside: of those that change functions.
         outside: of those that change what runs at import.
-        kills: how often the tests of a function noticed one.
-        killers: the tests that did.
+        killers: the tests that noticed one in this process.
     """
 
     def __init__(
@@ -114,8 +112,14 @@ class Hunt:
         self.indices: list[int] = []
         self.inside: list[int] = []
         self.outside: list[int] = []
-        self.kills: collections.Counter[str] = collections.Counter()
+        self.log = folder / f"{file.name}.log"
+        self.log.touch()
         self.killers: set[str] = set()
+
+    @property
+    def kills(self) -> collections.Counter[str]:
+        """How often the tests of each function noticed a mutant, in any process so far."""
+        return collections.Counter(self.log.read_text().splitlines())
 
     @property
     def left(self) -> list[Mutant]:
@@ -159,7 +163,7 @@ class Hunt:
         def hunt(worker: int) -> int:
             self.worker = worker
             found = [(index, survives(self.mutants[index])) for index in chosen[worker::jobs]]
-            self._result(worker).write_text(json.dumps((found, self.kills)))
+            self._result(worker).write_text(json.dumps(found))
             return int(not stands())
 
         children = [start_child(functools.partial(hunt, worker)) for worker in range(jobs)]
@@ -167,10 +171,9 @@ class Hunt:
         if any(statuses):
             raise SystemExit(f"the hunt in {self.file.name} broke off")
         for worker in range(jobs):
-            found, kills = json.loads(self._result(worker).read_text())
+            found = json.loads(self._result(worker).read_text())
             self.indices += [index for index, survived in found if survived]
             self.outside += [index for index, survived in found if survived is None]
-            self.kills.update(kills)
         self.indices.sort()
 
     def _result(self, worker: int) -> Path:
@@ -240,16 +243,19 @@ class Hunt:
             raise SystemExit(f"the hunt in {self.file.name} is broken")
         killer = self.killer.read_text()
         if status and killer:
-            self.kills[_function(killer)] += 1
             self.killers.add(killer)
+            with self.log.open("a") as log:
+                log.write(f"{_function(killer)}\n")
         return status
 
     def _order(self, names: Sequence[str]) -> list[str]:
-        """Tests that execute anything of the file first, the quickest that notice most."""
+        """The tests that execute much of the file in little time and notice most, first."""
+        kills = self.kills
 
         def cost(name: str) -> float:
-            trial, kills = self.survey.trials[name], self.kills[_function(name)]
-            return trial.seconds * (1 if self.file.name in trial.lines else 30) / (1 + kills)
+            trial = self.survey.trials[name]
+            lines = trial.lines.get(self.file.name, ())
+            return trial.seconds / (1 + len(lines)) / (1 + kills[_function(name)])
 
         order, seconds = [], 0.0
         for name in sorted(names, key=cost):

@@ -7,10 +7,11 @@ import onnx_ir as ir
 import pytest
 
 from fusenorm.passes import Canonicalize, FuseNorm, FuseResidualNorm
+from fusenorm.passes.fuse_residual import FuseResidual
 from fusenorm.passes.pattern import Refusal
 from fusenorm.passes.rewrite import Rewrite
 from fusenorm.report import Report, Site, collect_sites
-from tests.graphs import fused, fused_ops, model, reasons, rows, same
+from tests.graphs import fused, fused_ops, model, proposed, reasons, rows, same
 
 GAMMA = np.linspace(0.5, 1.5, 8, dtype=np.float32)
 BIAS = np.linspace(-1, 1, 8, dtype=np.float32)
@@ -201,3 +202,123 @@ def test_a_sum_whose_check_failed_is_one_site() -> None:
     FuseResidualNorm(refuse)(work)
     sites = [(site.op, site.status, site.reason) for site in collect_sites(work)]
     assert sites == [("RMSNorm", "fused", None), ("SkipRMSNorm", "refused", "check_failed")]
+
+
+ROWS = "float[b,3,8] x, float[b,3,8] a"
+HALF = ROWS.replace("float", "float16")
+SUM = "s = Add (x, a)\n"
+NUMBERS = {
+    "g": GAMMA,
+    "g16": GAMMA.astype(np.float16),
+    "bias": BIAS,
+    "alpha": np.array(1.75, np.float32),
+    "alpha1": np.array([1.75], np.float32),
+    "alpha11": np.array([[1.75]], np.float32),
+    "vec": GAMMA * 2,
+    "vec2": GAMMA[None] * 2,
+    "cube": np.ones((1, 1, 1, 8), np.float32),
+    "col": np.ones((3, 1), np.float32),
+    "matrix": np.ones((3, 8), np.float32),
+    "low": np.array(-2, np.float32),
+    "high": np.array(2, np.float32),
+    "w": rows(8, 8),
+    "sh": np.array([0, 0, 8]),
+    "ax": np.array([0, 1]),
+}
+
+
+@pytest.mark.parametrize(
+    ("found", "body", "inputs"),
+    [
+        ("SkipLayerNorm", "s = Add (x, a)", ROWS),
+        ("SkipLayerNorm_bias", SUM + "y = LayerNormalization (s, g, bias)", ROWS),
+        ("SkipRMSNorm", SUM + "y = RMSNormalization (s, g)", ROWS),
+        ("SkipRMSNorm", SUM + "y = fusenorm.RMSNorm <epsilon = 0.001> (s, g)", ROWS),
+        ("SkipLayerNorm", SUM + "y = fusenorm.LayerNorm <epsilon = 0.001> (s)", ROWS),
+        ("SkipLayerNorm_alpha", "m = Mul (x, alpha)\ns = Add (m, a)", ROWS),
+        ("SkipLayerNorm_alpha", "m = Mul (alpha, x)\ns = Add (a, m)", ROWS),
+        ("SkipLayerNorm_alpha", "m = Mul (x, alpha1)\ns = Add (m, a)", ROWS),
+        ("SkipLayerNorm", "m = Mul (x, alpha11)\ns = Add (m, a)", ROWS),
+        (
+            "SkipLayerNorm_alpha_beta",
+            "m = Mul (x, alpha)\nl = Mul (a, alpha)\ns = Add (m, l)",
+            ROWS,
+        ),
+        (
+            "SkipLayerNorm_alpha_layerscale",
+            "m = Mul (x, alpha)\nl = Mul (a, vec)\ns = Add (m, l)",
+            ROWS,
+        ),
+        (
+            "SkipLayerNorm_alpha_layerscale",
+            "m = Mul (x, vec)\nl = Mul (a, alpha)\ns = Add (m, l)",
+            ROWS,
+        ),
+        ("SkipLayerNorm_layerscale", "m = Mul (x, vec)\ns = Add (m, a)", ROWS),
+        ("SkipLayerNorm_layerscale", "l = Mul (vec, a)\ns = Add (x, l)", ROWS),
+        ("SkipLayerNorm_layerscale", "l = Mul (vec2, a)\ns = Add (x, l)", ROWS),
+        ("SkipLayerNorm", "l = Mul (cube, a)\ns = Add (x, l)", ROWS),
+        ("SkipLayerNorm", "l = Mul (col, a)\ns = Add (x, l)", ROWS),
+        ("SkipLayerNorm", "l = Mul (matrix, a)\ns = Add (x, l)", ROWS),
+        ("SkipLayerNorm_layerscale", "m = Mul (x, vec)\nl = Mul (a, vec)\ns = Add (m, l)", ROWS),
+        ("no_residual", "l = other.Mul (a, alpha)\ns = Add (x, l)", ROWS),
+        ("SkipLayerNorm", "l = Div (a, alpha)\ns = Add (x, l)", ROWS),
+        ("SkipLayerNorm", "l = Mul (a, alpha)\nr = Neg (l)\ns = Add (x, l)", ROWS),
+        ("SkipLayerNorm", "l = Mul (a, v)\ns = Add (x, l)", ROWS + ", float[8] v"),
+        ("no_residual", "l = Mul (c, alpha)\ns = Add (x, l)", ROWS + ", float[3,1] c"),
+        (None, "s = other.Add (x, a)", ROWS),
+        (None, "s = Sub (x, a)", ROWS),
+        (None, "s = Add (x, bias)", ROWS),
+        (None, "h = MatMul (x, w)\ns = Add (h, bias)", ROWS),
+        ("SkipLayerNorm", "t = Add (x, a)\ns = Add (t, bias)", ROWS),
+        (None, "t = other.Add (x, a)\ns = Add (t, bias)", ROWS),
+        (None, "t = Add (x, vec)\ns = Add (t, bias)", ROWS),
+        ("SkipLayerNorm", "s = Add (x, matrix)", ROWS),
+        ("rounding", "s = Sum (x, a, x)", ROWS),
+        (None, "s = Sum (x, bias)", ROWS),
+        ("clipped", "t = Add (x, a)\ns = Clip (t, low, high)", ROWS),
+        (None, "t = Add (x, a)\ns = other.Clip (t, low, high)", ROWS),
+        ("clipped", "t = Add (x, a)\ns = Min (t, high)", ROWS),
+        ("clipped", "t = Add (x, a)\ns = Max (low, t)", ROWS),
+        ("moved", "t = Add (x, a)\ns = Reshape (t, sh)", ROWS),
+        ("between", "t = Add (x, a)\ns = Identity (t)", ROWS),
+        (None, "t = Add (x, a)\ns = Neg (t)", ROWS),
+        (None, "t = Add (x, bias)\ns = Identity (t)", ROWS),
+        ("no_residual", "s = Add (x, c)", ROWS + ", float[3,1] c"),
+        ("no_residual", "s = Add (c, x)", ROWS + ", float[3,1] c"),
+        ("SkipLayerNorm", "s = Add (c, x)", ROWS + ", float[8] c"),
+        ("axis", SUM + "y = LayerNormalization <axis = 1> (s, matrix)", ROWS),
+        ("stats_used", SUM + "y, mean = LayerNormalization (s, g)\nr = Neg (mean)", ROWS),
+        (
+            "scale_shape",
+            SUM + "t = ReduceMean (s, g2)\ny = LayerNormalization (s, t)",
+            ROWS + ", int64[1] g2",
+        ),
+        (
+            "cycle",
+            SUM + "q = Mul (s, s)\nt = ReduceMean <keepdims = 0> (q, ax)\n"
+            "y = LayerNormalization (s, t)",
+            ROWS,
+        ),
+        ("SkipLayerNorm", SUM + "y = LayerNormalization (s, v)", ROWS + ", float[8] v"),
+        ("scale_shape", SUM + "y = LayerNormalization (s, v)", ROWS + ", float[n] v"),
+        ("no_residual", "s = Add (x, a)", "float[] x, float[] a"),
+        ("no_residual", "s = Add (x, a)", "float[b,3,n] x, float[b,3,n] a"),
+        (
+            "SkipLayerNorm_f16",
+            SUM + "y = LayerNormalization (s, g16)",
+            HALF,
+        ),
+        (
+            "between",
+            SUM + "c = Cast <to = 1> (s)\ny = LayerNormalization (c, g)",
+            HALF,
+        ),
+        (None, "y = LayerNormalization (x, g)", ROWS),
+    ],
+)
+def test_proposals(found: str | None, body: str, inputs: str) -> None:
+    """What the rule makes of a norm, before any proof; it is of s where none is written."""
+    if "LayerNorm" not in body and "RMSNorm" not in body:
+        body = f"{body}\ny = LayerNormalization (s, g)"
+    assert proposed(FuseResidual(), body, inputs, constants=NUMBERS, opset=23) == found

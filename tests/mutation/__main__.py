@@ -94,6 +94,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, os.fdopen(os.dup(1), "w") as table:
         for file in files:
             tree, found = mutants(file)
+            changes = {f"{file.name} {m.text}" for m in found}
+            for key in excused:
+                if key.startswith(f"{file.name} ") and key not in changes:
+                    print(f"{EQUIVALENTS.name}: no such change any more: {key}")
             counted = [m for m in found if f"{file.name} {m.text}" not in excused]
             chosen = [m for m in counted if options.match in m.text]
             if options.sample and len(chosen) > options.sample:

@@ -32,7 +32,7 @@ from tests.mutation.survey import (
 # before it counts as stuck, which counts as noticed.
 PATIENCE, FACTOR = 10, 3
 # Seconds of tests a mutant meets at most; one that only later tests would notice counts as left.
-BUDGET = float(os.environ.get("MUT_BUDGET", 5.0))
+BUDGET = 10.0
 
 _Functions = Mapping[tuple[str, int], Sequence[FunctionType]]
 

@@ -38,7 +38,6 @@ class LayerNormalization(OpRun):
     op_domain = ""
 
     def _run(self, x, scale, bias=None, axis=-1, epsilon=1e-5, stash_type=1):  # type: ignore[no-untyped-def]
-        del stash_type
         return (_normalise(x, scale, bias, axis, epsilon, subtract_mean=True),)
 
 
@@ -46,7 +45,6 @@ class RMSNormalization(OpRun):
     op_domain = ""
 
     def _run(self, x, scale, axis=-1, epsilon=1e-5, stash_type=1):  # type: ignore[no-untyped-def]
-        del stash_type
         return (_normalise(x, scale, None, axis, epsilon, subtract_mean=False),)
 
 

@@ -115,7 +115,7 @@ def main() -> None:
         if known is not None:
             sys.stdout.flush()
             hunt_all(hunts, report)
-        _print_table(hunts, counts)
+            _print_table(hunts, counts)
 
 
 def _print_table(hunts: Sequence[Hunt], counts: Mapping[str, tuple[int, int]]) -> None:
@@ -126,8 +126,7 @@ def _print_table(hunts: Sequence[Hunt], counts: Mapping[str, tuple[int, int]]) -
         row = dict(zip(COLUMNS, (*counts[name], run, run - len(hunt.indices)), strict=True))
         total.update(row)
         print(_row(name, **row))
-    if hunts:
-        print(_row("total", **total))
+    print(_row("total", **total))
 
 
 def _row(name: str, count: int, equal: int, run: int, killed: int) -> str:

@@ -47,9 +47,9 @@ def _branches(value: ir.Value, size: int) -> list[_Branch]:
         if row is None or factor is None or facts.last_dim(row) != size:
             continue
         number = facts.scalar(factor)
-        if number is not None and (facts.rank(factor) or 0) <= 1:
+        if number is not None:
             return [_Branch(row, number=number, nodes=(node,)), plain]
-        if facts.constant(factor) is not None and facts.is_vector(factor, size):
+        if facts.is_constant(factor):
             vector = as_vector(factor, size, facts.rank(row))
             if vector is not None:
                 return [_Branch(row, vector=vector, nodes=(node,)), plain]
@@ -92,7 +92,7 @@ def _is_residual(total: ir.Node) -> bool:
     while node is not None and node.domain == "" and node.op_type in ("Add", "Sum"):
         rows = [value for value in node.inputs if value is not None and not _is_bias(value)]
         if len(rows) != 1:
-            return len(rows) > 1
+            return bool(rows)
         node = rows[0].producer()
     return False
 

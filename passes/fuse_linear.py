@@ -88,7 +88,8 @@ def _read_product(node: ir.Node) -> _Map | Refusal | None:
     if rank is None or rank < 2:
         return None
     weight, transposed = stored
-    if facts.dtype_of(weight) not in ("f32", "f16"):
+    dtype = facts.dtype_of(weight)
+    if dtype not in ("f32", "f16"):
         return Refusal("types", name, "only weights of f32 and f16 are packed")
     # A MatMul has none of these attributes.
     factors = [node.attributes[key] for key in ("alpha", "beta") if key in node.attributes]
@@ -99,6 +100,7 @@ def _read_product(node: ir.Node) -> _Map | Refusal | None:
     bias = rest[0] if rest else None
     found = _Map(x, weight, transposed, None, (node,))
     inner, columns = found.shape
+    facts.assume_row(x, dtype, inner)
     if len(weight.uses()) > 1 or weight.is_graph_output():
         return Refusal("weight_shared", name, f"{weight.name} has other readers: not packed twice")
     if columns % PANEL or not inner * columns:

@@ -102,6 +102,13 @@ def test_interleaved_columns_are_dealt_out() -> None:
     assert check(model(body, outputs=OUT, constants=constants)) == (["LinearGLU_swish"], [])
 
 
+def test_rows_of_a_width_only_the_weight_knows() -> None:
+    body = """d = Shape <start: int = 0, end: int = 2> (x)\n t = Concat <axis: int = 0> (d, rest)
+        h = Reshape (x, t)\n y = MatMul (h, w)"""
+    constants = {"w": W, "rest": np.array([-1], np.int64)}
+    assert check(model(body, "float[b,s,2,4] x", OUT, constants=constants)) == (["Linear"], [])
+
+
 @pytest.mark.parametrize("transposed", [0, 1])
 def test_gemm(transposed: int) -> None:
     body = f"y = Gemm <transB: int = {transposed}> (x, w, b)"

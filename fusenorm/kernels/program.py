@@ -129,12 +129,12 @@ class RowProgram:
         return node is None or all(self.row_free(read) for read in node.inputs)
 
 
-def symbols(spec: OpSpec) -> tuple[str, ...]:
+def symbols(spec: OpSpec, device: Literal["cpu", "cuda"] = "cpu") -> tuple[str, ...]:
     """Names of an op's kernels: with every output, then without the second.
 
     A linear op's second one, shared by all of its type, lays out the rows of x for the first.
     """
-    name = f"fusenorm_{spec.op_type}"
+    name = f"fusenorm_{spec.op_type}" if device == "cpu" else f"fusenorm_cuda_{spec.op_type}"
     if isinstance(spec, Linear):
         return name, f"fusenorm_tiles_{spec.dtype}"
     return (name, f"{name}__nosum") if len(spec.outputs) == 2 else (name,)

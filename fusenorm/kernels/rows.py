@@ -102,7 +102,7 @@ def narrow(lanes: Lanes, dtype: DType, value: Expr) -> Expr:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Block:
+class Block:
     """`lanes` elements from column `at` of row `row` (None: flat); `mask` in the tail."""
 
     lanes: Lanes
@@ -121,7 +121,11 @@ class _Block:
 
 
 class Emitter:
-    """What both skeletons share: buffers, uniform values, evaluation of elements."""
+    """What the skeletons share: buffers, uniform values, evaluation of elements."""
+
+    unary = _UNARY
+    scalar = _SCALAR
+    round_to = staticmethod(round_to)
 
     def __init__(self, program: RowProgram, outputs: tuple[Slot, ...], lanes: Lanes) -> None:
         self.program = program
@@ -169,7 +173,7 @@ class Emitter:
                 continue
             if all(self._scalar(read) is not None for read in node.inputs):
                 reads = [self._scalar(read) for read in node.inputs]
-                self.scalars[name] = self._apply(_SCALAR, name, reads)
+                self.scalars[name] = self._apply(self.scalar, name, reads)
 
     def _scalar(self, name: str) -> Expr | None:
         literal = self.program.values[name].literal
@@ -177,12 +181,12 @@ class Emitter:
 
     def _apply(self, lanes: Lanes, name: str, reads: list[Expr]) -> Expr:
         node, dtype = self.program.nodes[name], self.program.values[name].dtype
-        unary = _UNARY.get(node.op)
+        unary = self.unary.get(node.op)
         value = unary(lanes, reads[0]) if unary else _BINARY[node.op](reads[0], reads[1])
         if node.op == "Mul" and self.program.rounded and self.program.summand(name):
             value = lanes.fence(value)
         value = lanes.let(value)
-        return lanes.let(round_to(lanes, dtype, value)) if node.rounds else value
+        return lanes.let(self.round_to(lanes, dtype, value)) if node.rounds else value
 
     def spread(self, names: set[str]) -> None:
         """Broadcast the scalars among `names` outside the coming loop."""
@@ -190,7 +194,7 @@ class Emitter:
             if name not in self.spreads:
                 self.spreads[name] = T.bind(self.lanes.spread(self.scalars[name]))
 
-    def element(self, block: _Block, name: str, memo: dict[str, Expr]) -> Expr:
+    def element(self, block: Block, name: str, memo: dict[str, Expr]) -> Expr:
         """The f32 lanes of a value."""
         if name in memo:
             return memo[name]
@@ -213,10 +217,10 @@ class Emitter:
 
     def apply(self, values: dict[str, Expr]) -> Expr:
         """The first output, from f32 lanes of the inputs."""
-        block = _Block(self.lanes, None, None)
+        block = Block(self.lanes, None, None)
         return self.element(block, self.outputs[0].name, dict(values))
 
-    def _raw(self, block: _Block, name: str, at: Expr, mask: Expr | None) -> Expr:
+    def _raw(self, block: Block, name: str, at: Expr, mask: Expr | None) -> Expr:
         index = block.index(at, self.slots[name].layout == "vector")
         buffer = self.buffers[name]
         if mask is None:
@@ -224,11 +228,11 @@ class Emitter:
         dtype = block.lanes.type(BUFFER[self.slots[name].dtype])
         return T.bind(T.masked_load(dtype, buffer, *index, mask))
 
-    def _load(self, block: _Block, name: str, dtype: DType) -> Expr:
+    def _load(self, block: Block, name: str, dtype: DType) -> Expr:
         mask = None if block.rest is None else block.mask()
         return block.lanes.let(widen(block.lanes, dtype, self._raw(block, name, block.at, mask)))
 
-    def _load_view(self, block: _Block, name: str, dtype: DType) -> Expr:
+    def _load_view(self, block: Block, name: str, dtype: DType) -> Expr:
         view, count = self.program.views[name], block.lanes.count
         tail = block.rest is not None
         if view.stride == 1:
@@ -252,7 +256,7 @@ class Emitter:
         """D."""
         return self.buffers[self.outputs[0].name].shape[-1]
 
-    def store(self, block: _Block, target: str, value: Expr) -> None:
+    def store(self, block: Block, target: str, value: Expr) -> None:
         slot = self.slots[target]
         stored = T.bind(narrow(block.lanes, slot.dtype, value))
         index, buffer = block.index(block.at, vector=False), self.buffers[target]
@@ -271,10 +275,10 @@ class Emitter:
             count = T.bind((end - at) // (width * u))
             with T.serial(count) as k:
                 for part in range(u):
-                    body(_Block(self.lanes, row, at + (k * u + part) * width), part)
+                    body(Block(self.lanes, row, at + (k * u + part) * width), part)
             at = T.bind(at + count * (width * u))
         with T.If(end > at), T.Then():
-            body(_Block(self.lanes, row, at, end - at), 0)
+            body(Block(self.lanes, row, at, end - at), 0)
 
 
 @contextmanager
@@ -294,7 +298,7 @@ def _flat(program: RowProgram, name: str, outputs: tuple[Slot, ...], lanes: int)
         emitter.uniform("attribute")
         emitter.spread(set(emitter.scalars))
 
-        def body(block: _Block, part: int) -> None:
+        def body(block: Block, part: int) -> None:
             memo: dict[str, Expr] = {}
             for slot in outputs:
                 emitter.store(block, slot.name, emitter.element(block, slot.name, memo))
@@ -338,7 +342,7 @@ class _RowEmitter(Emitter):
             self.spread(set(self.scalars))
         late = [slot.name for slot in self.outputs if slot.name not in self.resident]
 
-        def body(block: _Block, part: int) -> None:
+        def body(block: Block, part: int) -> None:
             memo: dict[str, Expr] = {}
             values = {name: self.element(block, name, memo) for name in late}
             for name, value in values.items():
@@ -368,7 +372,7 @@ class _RowEmitter(Emitter):
                 index = [T.ramp(part * width, 1, width)]
                 T.buffer_store(self.accumulators[reduction.output], zero, index)
 
-        def body(block: _Block, part: int) -> None:
+        def body(block: Block, part: int) -> None:
             memo: dict[str, Expr] = {}
             for name, target in stores.items():
                 self.store(block, target, self.element(block, name, memo))

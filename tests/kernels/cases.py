@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import onnx
@@ -179,3 +179,47 @@ def ulps(a: np.ndarray, b: np.ndarray) -> np.ndarray:
         ordered.append(np.where(bits < 0, -(bits & 0x7FFF), bits))
     both_nan = np.isnan(a.astype(np.float32)) & np.isnan(b.astype(np.float32))
     return np.where(both_nan, 0, np.abs(ordered[0] - ordered[1]))
+
+
+def check(
+    spec: OpSpec, values: dict[str, np.ndarray], made: Sequence[np.ndarray], fill: str
+) -> None:
+    """What a kernel made of `values` against the oracle."""
+    if spec.dtype == "f32":
+        check_f32(spec, values, made)
+    else:
+        check_16(spec, values, made, fill)
+
+
+def check_f32(spec: OpSpec, values: dict[str, np.ndarray], made: Sequence[np.ndarray]) -> None:
+    with np.errstate(all="ignore"):
+        references = spec.reference(values, attributes(spec))
+    for array, reference in zip(made, references, strict=True):
+        unknown = np.isnan(reference)
+        assert np.array_equal(np.isnan(array), unknown)
+        error = np.abs(array.astype(np.float64) - reference)
+        valid = ~unknown.any(-1)
+        bound = np.broadcast_to(f32_bound(spec, values, reference), reference.shape)
+        assert (error <= bound)[valid].all(), float((error / bound)[valid].max())
+
+
+def check_16(
+    spec: OpSpec, values: dict[str, np.ndarray], made: Sequence[np.ndarray], fill: str
+) -> None:
+    expected = evaluate(spec, values)
+    for array, graph in zip(made, expected, strict=True):
+        distance = ulps(array, graph)
+        # A share needs many elements and different ones; behind a large mean, the last bit of
+        # that mean already shifts more than it allows.
+        few = distance.size < 3000 or fill not in ("normal", "nan")
+        assert few or (distance == 0).mean() >= 0.998
+        with np.errstate(all="ignore"):
+            error = np.abs(array.astype(np.float64) - graph.astype(np.float64))
+            slack = f32_bound(spec, values, graph.astype(np.float64))
+            if getattr(spec, "affine", "f32") == "storage":
+                # One step of the normalised value, however little of it the bias leaves.
+                slack = slack + DTYPES[spec.dtype].epsilon * (
+                    np.abs(graph.astype(np.float64)) + 1.5
+                )
+            close = error <= np.broadcast_to(slack, error.shape)
+        assert ((distance <= rounding_points(spec)) | close).all(), int(distance.max())

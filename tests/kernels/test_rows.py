@@ -11,14 +11,11 @@ from fusenorm.runtime.direct import Kernels
 from tests.kernels.cases import (
     FILLS,
     attributes,
+    check,
     columns,
-    evaluate,
-    f32_bound,
     inputs,
     misaligned,
     pairwise,
-    rounding_points,
-    ulps,
 )
 
 pytestmark = pytest.mark.kernel
@@ -51,44 +48,7 @@ def test_agrees_with_the_oracle(kernels: Kernels, spec: OpSpec, fill: str) -> No
         for rows in (1, 3):
             values = inputs(spec, rows, width, fill)
             made = results(kernels, spec, values)
-            if spec.dtype == "f32":
-                check_f32(spec, values, made)
-            else:
-                check_16(spec, values, made, fill)
-
-
-def check_f32(spec: OpSpec, values: dict[str, np.ndarray], made: list[np.ndarray]) -> None:
-    with np.errstate(all="ignore"):
-        references = spec.reference(values, attributes(spec))
-    for array, reference in zip(made, references, strict=True):
-        unknown = np.isnan(reference)
-        assert np.array_equal(np.isnan(array), unknown)
-        error = np.abs(array.astype(np.float64) - reference)
-        valid = ~unknown.any(-1)
-        bound = np.broadcast_to(f32_bound(spec, values, reference), reference.shape)
-        assert (error <= bound)[valid].all(), float((error / bound)[valid].max())
-
-
-def check_16(
-    spec: OpSpec, values: dict[str, np.ndarray], made: list[np.ndarray], fill: str
-) -> None:
-    expected = evaluate(spec, values)
-    for array, graph in zip(made, expected, strict=True):
-        distance = ulps(array, graph)
-        # A share needs many elements and different ones; behind a large mean, the last bit of
-        # that mean already shifts more than it allows.
-        few = distance.size < 3000 or fill not in ("normal", "nan")
-        assert few or (distance == 0).mean() >= 0.998
-        with np.errstate(all="ignore"):
-            error = np.abs(array.astype(np.float64) - graph.astype(np.float64))
-            slack = f32_bound(spec, values, graph.astype(np.float64))
-            if getattr(spec, "affine", "f32") == "storage":
-                # One step of the normalised value, however little of it the bias leaves.
-                slack = slack + DTYPES[spec.dtype].epsilon * (
-                    np.abs(graph.astype(np.float64)) + 1.5
-                )
-            close = error <= np.broadcast_to(slack, error.shape)
-        assert ((distance <= rounding_points(spec)) | close).all(), int(distance.max())
+            check(spec, values, made, fill)
 
 
 @pytest.mark.parametrize("spec", pairwise()[::5], ids=lambda spec: spec.op_type)

@@ -1,0 +1,145 @@
+"""CUDA kernels run on the CPU: the exported .cu text compiled against emulation/emulate.h."""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import shutil
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tvm_ffi
+
+from fusenorm.kernels import symbols
+from fusenorm.ops import DTYPES, OpSpec, Slot
+
+EMULATION = Path(__file__).parent / "emulation"
+SHIM = Path(__file__).parents[2] / "fusenorm" / "lower" / "tvm_ffi_shim.c"
+CUDA_DEVICE = 2
+# DLPack's type codes.
+CODES = {"f16": 2, "f32": 2, "bf16": 4}
+GUARD = 64  # bytes before and after a tensor, which kernels must leave alone
+
+
+class _DLTensor(ctypes.Structure):
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("device_type", ctypes.c_int32),
+        ("device_id", ctypes.c_int32),
+        ("ndim", ctypes.c_int32),
+        ("code", ctypes.c_uint8),
+        ("bits", ctypes.c_uint8),
+        ("lanes", ctypes.c_uint16),
+        ("shape", ctypes.POINTER(ctypes.c_int64)),
+        ("strides", ctypes.POINTER(ctypes.c_int64)),
+        ("byte_offset", ctypes.c_uint64),
+    )
+
+
+def dltensor(slot: Slot, array: np.ndarray) -> _DLTensor:
+    """The array as a tensor of CUDA device 0."""
+    whole = ctypes.c_int64 * array.ndim
+    info = DTYPES[slot.dtype]
+    return _DLTensor(
+        array.ctypes.data,
+        CUDA_DEVICE,
+        0,
+        array.ndim,
+        CODES[slot.dtype],
+        8 * info.numpy.itemsize,
+        1,
+        whole(*array.shape),
+        whole(*(step // array.itemsize for step in array.strides)),
+        0,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Emulated:
+    """A compiled .cu: its functions, callable on numpy arrays."""
+
+    module: Any
+    widest: Any
+
+    def __call__(
+        self,
+        spec: OpSpec,
+        inputs: Sequence[np.ndarray],
+        outputs: Sequence[np.ndarray],
+        attributes: Mapping[str, float],
+    ) -> int:
+        """Fill the outputs; the number of bytes of the widest access."""
+        name = symbols(spec, "cuda")[len(spec.outputs) - len(outputs)]
+        slots = (*spec.inputs, *spec.outputs)
+        tensors = [dltensor(*pair) for pair in zip(slots, (*inputs, *outputs), strict=False)]
+        pointers = [ctypes.c_void_p(ctypes.addressof(tensor)) for tensor in tensors]
+        numbers = [float(attributes[name]) for name in spec.attributes]
+        self.module.get_function(name)(*pointers, *numbers)
+        return int(self.widest())
+
+
+def emulate(specs: Mapping[OpSpec, Sequence[int]], folder: Path) -> Emulated:
+    """The CUDA kernels of ops, each specialised on some row lengths, built for this CPU."""
+    from fusenorm.kernels.cuda import cuda, source
+
+    compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    functions = {
+        name: function
+        for spec, columns in specs.items()
+        for name, function in zip(symbols(spec, "cuda"), cuda(spec, columns), strict=True)
+    }
+    (folder / "kernels.cu").write_text(source(functions), encoding="utf-8")
+    library = folder / "kernels.so"
+    flags = ["-O1", "-fPIC", "-fno-strict-aliasing", "-ffp-contract=off", "-w"]
+    parts = {
+        "shim.o": [str(SHIM)],
+        "kernels.o": [
+            *("-x", "c++", "-std=c++17", f"-I{EMULATION}"),
+            *(f"-I{path}" for path in tvm_ffi.libinfo.include_paths()),
+            str(folder / "kernels.cu"),
+        ],
+    }
+    for name, arguments in parts.items():
+        language = ["-x", "c"] if name == "shim.o" else []
+        command = [compiler, *flags, *language, *arguments, "-c", "-o", str(folder / name)]
+        subprocess.run(command, check=True)
+    objects = [str(folder / name) for name in parts]
+    subprocess.run([compiler, "-shared", *objects, "-ldl", "-o", str(library)], check=True)
+    return Emulated(
+        tvm_ffi.load_module(str(library)), ctypes.CDLL(str(library)).emulation_widest
+    )
+
+
+class Guarded:
+    """A tensor in a wider piece of memory, which nothing may be written to outside of it."""
+
+    def __init__(self, slot: Slot, values: np.ndarray, offset: int = 0, gap: int = 0) -> None:
+        """`offset` elements past a 64-byte boundary; rows are `gap` elements apart."""
+        line = values.reshape(-1, values.shape[-1])
+        stride = line.shape[1] + (gap if values.ndim > 1 else 0)
+        size = values.itemsize
+        self._memory = np.full(len(line) * stride * size + 4 * GUARD, 0xA5, np.uint8)
+        start = -self._memory.ctypes.data % GUARD + GUARD + offset * size
+        inside = self._memory[start : start + len(line) * stride * size].view(values.dtype)
+        self.array = inside.reshape(len(line), stride)[:, : line.shape[1]]
+        self.array[...] = line
+        if values.ndim == 1:
+            self.array = self.array[0]
+        self._before = self._outside()
+
+    def _outside(self) -> np.ndarray:
+        kept = self.array.copy()
+        self.array[...] = 0
+        memory = self._memory.copy()
+        self.array[...] = kept
+        return memory
+
+    def untouched(self) -> bool:
+        """Whether the memory around the tensor is as it was."""
+        return np.array_equal(self._outside(), self._before)

@@ -1,7 +1,7 @@
-"""Kernels of the fused ops. Importing this package does not import TVM; `kernels.cpu` does."""
+"""Kernels of the fused ops. Importing this package does not import TVM; `kernels.cpu` and `kernels.cuda` do."""
 
 from __future__ import annotations
 
-from fusenorm.kernels.program import RowProgram, row_program, supports, symbols
+from fusenorm.kernels.program import Device, RowProgram, row_program, supports, symbols
 
-__all__ = ["RowProgram", "row_program", "supports", "symbols"]
+__all__ = ["Device", "RowProgram", "row_program", "supports", "symbols"]

@@ -35,7 +35,7 @@ from tvm.script.ir_builder import IRBuilder
 
 from fusenorm.kernels.blocks import flat, resident, streaming
 from fusenorm.kernels.mathfn import Expr
-from fusenorm.kernels.program import RowProgram, row_program, symbols
+from fusenorm.kernels.program import RowProgram, row_program, supports, symbols
 from fusenorm.kernels.rows import function
 from fusenorm.kernels.threads import ELEMENT, ThreadEmitter, Tiling, access, widest
 from fusenorm.ops import DTYPES, OpSpec, Slot
@@ -81,8 +81,11 @@ def cuda(spec: OpSpec, columns: Iterable[int] = ()) -> list[Any]:
         columns: row lengths to have kernels of their own; other rows are read once per pass.
 
     Raises:
-        NotImplementedError: the op has no CUDA kernel; `supports_cuda` says why.
+        NotImplementedError: the op has no CUDA kernel; `supports` says why.
     """
+    reason = supports(spec, "cuda")
+    if reason:
+        raise NotImplementedError(reason)
     program = row_program(spec)
     name, *rest = symbols(spec, "cuda")
     forms = [(name, program.outputs), *((other, program.outputs[:1]) for other in rest)]

@@ -17,6 +17,7 @@ import onnx
 from fusenorm.ops import DTYPES, Attention, DType, Linear, OpSpec, Slot
 from fusenorm.ops.spec import DTYPE_OF_ONNX
 
+Device = Literal["cpu", "cuda"]
 Kind = Literal["literal", "attribute", "row", "element"]
 
 _KINDS: tuple[Kind, ...] = ("literal", "attribute", "row", "element")
@@ -129,7 +130,7 @@ class RowProgram:
         return node is None or all(self.row_free(read) for read in node.inputs)
 
 
-def symbols(spec: OpSpec, device: Literal["cpu", "cuda"] = "cpu") -> tuple[str, ...]:
+def symbols(spec: OpSpec, device: Device = "cpu") -> tuple[str, ...]:
     """Names of an op's kernels: with every output, then without the second.
 
     A linear op's second one, shared by all of its type, lays out the rows of x for the first.
@@ -140,12 +141,12 @@ def symbols(spec: OpSpec, device: Literal["cpu", "cuda"] = "cpu") -> tuple[str, 
     return (name, f"{name}__nosum") if len(spec.outputs) == 2 else (name,)
 
 
-def supports(spec: OpSpec) -> str | None:
-    """None if the op has a CPU kernel, else the reason why not."""
+def supports(spec: OpSpec, device: Device = "cpu") -> str | None:
+    """None if the op has a kernel there, else the reason why not."""
     if any(slot.dtype == "f64" for slot in (*spec.inputs, *spec.outputs)):
-        return "f64 has no CPU kernel"
+        return f"f64 has no {device.upper()} kernel"
     if isinstance(spec, Linear | Attention):
-        return None
+        return None if device == "cpu" else "products of matrices stay with CUDA's own libraries"
     try:
         row_program(spec)
     except NotImplementedError as error:
@@ -212,7 +213,7 @@ class _Reader:
             raise self._unknown(proto)
 
     def _unknown(self, proto: onnx.NodeProto) -> NotImplementedError:
-        return NotImplementedError(f"no CPU kernel for {proto.op_type} in {self.spec.op_type}")
+        return NotImplementedError(f"no kernel for {proto.op_type} in {self.spec.op_type}")
 
     def _constant(self, proto: onnx.NodeProto) -> None:
         (attribute,) = proto.attribute

@@ -1,4 +1,4 @@
-"""Compile fused ops into one onnxruntime custom-ops library."""
+"""Compile fused ops into one onnxruntime custom-ops library, for the CPU and for CUDA besides."""
 
 from __future__ import annotations
 
@@ -7,22 +7,23 @@ import importlib.util
 import os
 import shlex
 import shutil
-import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fusenorm.artifact import Cuda
-from fusenorm.errors import BadInput, FusenormError
-from fusenorm.kernels import supports, symbols
+from fusenorm.errors import BadInput
+from fusenorm.kernels import Device, supports, symbols
 from fusenorm.lower.elf import read_needs
+from fusenorm.lower.nvcc import Nvcc, run
 from fusenorm.lower.table import table
 from fusenorm.lower.target import Target
 from fusenorm.ops import OpSpec
 
 _SHIM = Path(__file__).with_name("ort_shim.c")
+_FFI_SHIM = Path(__file__).with_name("tvm_ffi_shim.c")
 _EXPORTS = "{ global: RegisterCustomOps; __tvm_ffi_*; local: *; };\n"
 _CFLAGS = ("-std=c11", "-O2", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror")
 
@@ -53,25 +54,28 @@ class LibraryInfo:
 
 
 def build_library(
-    specs: Sequence[OpSpec],
+    specs: Iterable[OpSpec],
     target: Target,
     path: Path,
     progress: Callable[[str], None] | None = None,
+    *,
+    columns: Mapping[OpSpec, Iterable[int]] | None = None,
 ) -> LibraryInfo:
     """Compile `specs` (each op_type once) and link them with the onnxruntime shim.
 
     Args:
         specs: the ops; at least one.
-        target: the CPU level.
+        target: the CPU level, and whether there are CUDA kernels besides.
         path: the library to write; replaced only when the new one is complete.
         progress: told what is being done.
+        columns: row lengths that CUDA kernels are specialised on, by op.
 
     Returns:
         What was built.
 
     Raises:
-        BadInput: an op has no kernel, there is nothing to build, or no C compiler was found.
-        FusenormError: the C compiler failed.
+        BadInput: an op has no kernel, there is nothing to build, or no compiler was found.
+        FusenormError: a compiler failed.
     """
     distinct = {spec.op_type: spec for spec in specs}
     if not distinct:
@@ -81,6 +85,10 @@ def build_library(
         if reason:
             raise BadInput(f"{op_type}: {reason}")
     ordered = [distinct[name] for name in sorted(distinct)]
+    places: list[tuple[OpSpec, Device]] = [(spec, "cpu") for spec in ordered]
+    nvcc = Nvcc.find() if target.kind == "cuda" else None
+    if nvcc:
+        places += [(spec, "cuda") for spec in ordered if supports(spec, "cuda") is None]
     tell = progress or (lambda text: None)
     compiler = _compiler(target)
     path = Path(path)
@@ -89,24 +97,25 @@ def build_library(
         work = Path(folder)
         tell(f"compiling {len(ordered)} kernels for {target}")
         compile_module(ordered, target).write_to_file(os.fspath(work / "kernels.o"), "o")
-        tell(f"linking {path.name}")
-        (work / "fusenorm_table.h").write_text(table(ordered, target), encoding="utf-8")
-        (work / "exports.map").write_text(_EXPORTS, encoding="utf-8")
-        _run(
-            [
-                *compiler,
-                *_CFLAGS,
-                f"-I{work}",
-                "-shared",
-                "-Wl,--version-script=" + os.fspath(work / "exports.map"),
-                "-Wl,-z,noexecstack",
-                "-s",
-                os.fspath(_SHIM),
-                os.fspath(work / "kernels.o"),
-                "-o",
-                os.fspath(work / "library.so"),
-            ]
-        )
+        (work / "fusenorm_table.h").write_text(table(places, target), encoding="utf-8")
+        exports = work / "exports.map"
+        exports.write_text(_EXPORTS, encoding="utf-8")
+        if nvcc:
+            tell(f"compiling them for {', '.join(nvcc.cuda.archs)}")
+            source, cuda = work / "kernels.cu", work / "cuda.o"
+            source.write_text(cuda_source(ordered, columns or {}), encoding="utf-8")
+            nvcc.compile(source, cuda_includes(), cuda)
+            shims = [work / "ort_shim.o", work / "tvm_ffi_shim.o"]
+            for shim, made in zip((_SHIM, _FFI_SHIM), shims, strict=True):
+                run([*compiler, *_CFLAGS, f"-I{work}", "-c", shim, "-o", made])
+            tell(f"linking {path.name}")
+            nvcc.link([*shims, work / "kernels.o", cuda], exports, work / "library.so")
+        else:
+            tell(f"linking {path.name}")
+            linking = ("-shared", f"-Wl,--version-script={exports}", "-Wl,-z,noexecstack", "-s")
+            objects = (_SHIM, work / "kernels.o")
+            output = ("-o", work / "library.so")
+            run([*compiler, *_CFLAGS, f"-I{work}", *linking, *objects, *output])
         # Beside its destination first: a rename is atomic only within one file system.
         fresh = path.with_name(f".{path.name}.{os.getpid()}")
         shutil.copyfile(work / "library.so", fresh)
@@ -120,6 +129,7 @@ def build_library(
         glibc=needs.glibc,
         undefined=needs.undefined,
         libraries=needs.libraries,
+        cuda=nvcc.cuda if nvcc else None,
     )
 
 
@@ -139,6 +149,29 @@ def compile_module(specs: Sequence[OpSpec], target: Target) -> Any:
         },
         target.tvm,
     )
+
+
+def cuda_source(specs: Iterable[OpSpec], columns: Mapping[OpSpec, Iterable[int]]) -> str:
+    """The .cu text with the CUDA kernels of those `specs` that have some."""
+    from fusenorm.kernels import cuda
+
+    return cuda.source(
+        {
+            name: function
+            for spec in specs
+            if supports(spec, "cuda") is None
+            for name, function in zip(
+                symbols(spec, "cuda"), cuda.cuda(spec, columns.get(spec, ())), strict=True
+            )
+        }
+    )
+
+
+def cuda_includes() -> list[str]:
+    """Folders of the headers that the .cu text includes."""
+    import tvm_ffi
+
+    return list(tvm_ffi.libinfo.include_paths())
 
 
 def _compiler(target: Target) -> list[str]:
@@ -162,12 +195,3 @@ def _compiler(target: Target) -> list[str]:
     if importlib.util.find_spec("ziglang"):
         return zig
     raise BadInput("no C compiler: install gcc or clang, or pip install ziglang")
-
-
-def _run(command: Sequence[str]) -> None:
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    except OSError as error:
-        raise BadInput(f"cannot run the C compiler {command[0]}: {error.strerror}") from error
-    if done.returncode:
-        raise FusenormError(f"{command[0]} failed: {done.stderr.strip()[-500:]}")

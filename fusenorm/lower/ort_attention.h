@@ -177,7 +177,7 @@ static OrtStatus* attention_compute(const State* state, OrtKernelContext* contex
   } else {
     attention_task(&job, 0);
   }
-  return job.failed ? refused() : NULL;
+  return job.failed ? refused(state) : NULL;
 }
 
 static OrtStatus* attention_infer(const Op* op, OrtShapeInferContext* context) {

@@ -154,7 +154,7 @@ static OrtStatus* linear_compute(const State* state, OrtKernelContext* context) 
   OrtStatus* status = linear_layout(&job, context, &made);
   if (status == NULL) status = linear_share(context, linear_task, tasks, &job);
   free(made);
-  return status != NULL ? status : job.failed ? refused() : NULL;
+  return status != NULL ? status : job.failed ? refused(state) : NULL;
 }
 
 static OrtStatus* linear_infer(const Op* op, OrtShapeInferContext* context) {

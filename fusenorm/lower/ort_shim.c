@@ -75,6 +75,7 @@ typedef struct OrtCustomOp {
 #define ReleaseStatus SLOT(93, void, OrtStatus*)
 #define ReleaseTensorInfo SLOT(99, void, OrtTensorInfo*)
 #define ReleaseCustomOpDomain SLOT(101, void, OrtCustomOpDomain*)
+#define GetGPUComputeStream SLOT(193, OrtStatus*, const OrtKernelContext*, void**)
 #define GetNodeName SLOT(244, OrtStatus*, const OrtKernelInfo*, char*, size_t*)
 #define GetConstantInput \
   SLOT(249, OrtStatus*, const OrtKernelInfo*, size_t, int*, const OrtValue**)
@@ -110,7 +111,8 @@ typedef struct {
   } value;
 } Argument;
 
-enum { ARGUMENT_INT = 1, ARGUMENT_FLOAT = 3, ARGUMENT_TENSOR = 7, CPU_DEVICE = 1 };
+enum { ARGUMENT_INT = 1, ARGUMENT_FLOAT = 3, ARGUMENT_TENSOR = 7 };
+typedef enum { CPU = 1, CUDA = 2 } Device; /* as DLPack numbers them */
 
 typedef int (*Kernel)(void* self, const Argument* arguments, int32_t count, Argument* result);
 
@@ -131,6 +133,7 @@ typedef struct {
   const char* op_type;
   Kernel kernel;  /* every output */
   Kernel other;   /* the second output not wanted; LINEAR: lays out x in tiles */
+  Device device;
   Kind kind;
   int parts; /* panels of the weight per panel of y; 2 for grouped heads */
   int tile;  /* LINEAR: rows taken at a time */
@@ -139,7 +142,15 @@ typedef struct {
   const char* attribute[MAX_ATTRIBUTES];
 } Op;
 
-#include "fusenorm_table.h" /* OPS[], OP_COUNT, KNOWN_ATTRIBUTES[], LEVEL, X86_LEVEL */
+/* OPS[], OP_COUNT, KNOWN_ATTRIBUTES[], LEVEL, X86_LEVEL, HAS_CUDA */
+#include "fusenorm_table.h"
+
+#if HAS_CUDA
+#include "tvm_ffi_shim.h"
+#endif
+#ifndef CUDA_PROVIDER
+#define CUDA_PROVIDER "CUDAExecutionProvider"
+#endif
 
 #if X86_LEVEL >= 3
 #include <cpuid.h>
@@ -238,6 +249,7 @@ typedef struct {
   int64_t extent[MAX_RANK];         /* their sizes */
   int64_t step[MAX_INPUTS][MAX_RANK]; /* rows of an input per step along them */
   int64_t block;                    /* rows per parallel task */
+  int32_t gpu;                      /* number of the device, where it is one */
   atomic_int failed;
 } Job;
 
@@ -245,7 +257,7 @@ static void set_tensor(Tensor* tensor, int64_t* shape, size_t rank, const void* 
                        const Slot* slot) {
   memset(tensor, 0, sizeof *tensor);
   tensor->data = (void*)data;
-  tensor->device_type = CPU_DEVICE;
+  tensor->device_type = CPU;
   tensor->ndim = (int32_t)rank;
   tensor->code = slot->bytes == 4 || slot->type == 10 ? 2 : 4; /* float, bfloat */
   tensor->bits = (uint8_t)(8 * slot->bytes);
@@ -261,7 +273,11 @@ static int call_kernel(const State* state, Kernel kernel, Argument* arguments, i
   return kernel(NULL, arguments, count, &result);
 }
 
-static OrtStatus* refused(void) {
+static OrtStatus* refused(const State* state) {
+#if HAS_CUDA
+  if (state->op->device == CUDA) return fail(state, fusenorm_last_error());
+#endif
+  (void)state;
   return CreateStatus(ORT_FAIL, "fusenorm: a kernel refused its arguments");
 }
 
@@ -293,10 +309,14 @@ static int run_rows(const Job* job, int64_t first, int64_t count) {
       shapes[n][0] = count, shapes[n][1] = width;
     }
     set_tensor(&tensors[n], shapes[n], slot->layout == VECTOR ? 1 : 2, data, slot);
+    tensors[n].device_type = op->device;
+    tensors[n].device_id = job->gpu;
     arguments[n] = (Argument){ARGUMENT_TENSOR, 0, {.pointer = &tensors[n]}};
   }
-  arguments[n++] = (Argument){ARGUMENT_INT, 0, {.integer = 0}};
-  arguments[n++] = (Argument){ARGUMENT_INT, 0, {.integer = count}};
+  if (op->device == CPU) {
+    arguments[n++] = (Argument){ARGUMENT_INT, 0, {.integer = 0}};
+    arguments[n++] = (Argument){ARGUMENT_INT, 0, {.integer = count}};
+  }
   Kernel kernel = job->outputs == op->outputs ? op->kernel : op->other;
   return call_kernel(job->state, kernel, arguments, n);
 }
@@ -394,7 +414,7 @@ static OrtStatus* plan(Job* job, int64_t shape[][MAX_RANK], const size_t* ranks,
 /* Elements below which a thread costs more than it saves, and elements of one task. */
 enum { PARALLEL_ELEMENTS = 32768, TASK_ELEMENTS = 16384, MAX_TASKS = 64 };
 
-static OrtStatus* rows_compute(const State* state, OrtKernelContext* context) {
+static OrtStatus* rows_compute(const State* state, OrtKernelContext* context, int32_t gpu) {
   const Op* op = state->op;
   int64_t shape[MAX_INPUTS][MAX_RANK], dims[MAX_RANK];
   size_t ranks[MAX_INPUTS], rank;
@@ -402,6 +422,7 @@ static OrtStatus* rows_compute(const State* state, OrtKernelContext* context) {
   Job job;
   job.state = state;
   job.failed = 0;
+  job.gpu = gpu;
   for (int i = 0; i < op->inputs; ++i) {
     job.input[i] = state->constant[i].data;
     if (job.input[i] != NULL) continue;
@@ -439,7 +460,7 @@ static OrtStatus* rows_compute(const State* state, OrtKernelContext* context) {
   }
   int64_t tasks = 1;
   job.block = job.rows;
-  if (job.rows * job.columns >= PARALLEL_ELEMENTS) {
+  if (op->device == CPU && job.rows * job.columns >= PARALLEL_ELEMENTS) {
     tasks = job.rows * job.columns / TASK_ELEMENTS;
     if (tasks > MAX_TASKS) tasks = MAX_TASKS;
     if (tasks > job.rows) tasks = job.rows;
@@ -451,7 +472,7 @@ static OrtStatus* rows_compute(const State* state, OrtKernelContext* context) {
   } else {
     run_block(&job, 0);
   }
-  return job.failed ? refused() : NULL;
+  return job.failed ? refused(state) : NULL;
 }
 
 /* ---- creation ---- */
@@ -483,7 +504,10 @@ static const char* stray_attribute(const Op* op, const OrtKernelInfo* info) {
   return NULL;
 }
 
+/* Vectors that are constant need no look at their shape in every call. A GPU's copy of them is
+   known only then. */
 static OrtStatus* constants(State* state, const OrtKernelInfo* info) {
+  if (state->op->device != CPU) return NULL;
   for (int i = 0; i < state->op->inputs; ++i) {
     const Slot* slot = &state->op->input[i];
     if (slot->layout != VECTOR) continue;
@@ -640,13 +664,19 @@ static OrtStatus* rows_infer(const Op* op, OrtShapeInferContext* context) {
 
 #include "ort_linear.h"
 #include "ort_attention.h"
+#if HAS_CUDA
+#include "ort_cuda.h"
+#endif
 
 static OrtStatus* compute(void* kernel, OrtKernelContext* context) {
   const State* state = kernel;
+#if HAS_CUDA
+  if (state->op->device == CUDA) return cuda_compute(state, context);
+#endif
   switch (state->op->kind) {
     case LINEAR: return linear_compute(state, context);
     case ATTENTION: return attention_compute(state, context);
-    default: return rows_compute(state, context);
+    default: return rows_compute(state, context, 0);
   }
 }
 
@@ -663,7 +693,9 @@ static OrtStatus* infer_shape(const OrtCustomOp* self, OrtShapeInferContext* con
 
 static const Op* op_of(const OrtCustomOp* self) { return ((const CustomOp*)self)->op; }
 static const char* get_name(const OrtCustomOp* self) { return op_of(self)->op_type; }
-static const char* get_provider(const OrtCustomOp* self) { return (void)self, NULL; }
+static const char* get_provider(const OrtCustomOp* self) {
+  return op_of(self)->device == CUDA ? CUDA_PROVIDER : NULL; /* NULL: the CPU's */
+}
 static int get_input_type(const OrtCustomOp* self, size_t i) { return op_of(self)->input[i].type; }
 static int get_output_type(const OrtCustomOp* self, size_t i) { return op_of(self)->output[i].type; }
 static size_t get_input_count(const OrtCustomOp* self) { return (size_t)op_of(self)->inputs; }

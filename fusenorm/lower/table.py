@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fusenorm.kernels import row_program, symbols
+from fusenorm.kernels import Device, row_program, symbols
 from fusenorm.kernels.registers import KEYS, LANES, Tile
 from fusenorm.lower.target import Target
 from fusenorm.ops import DTYPES, FAMILIES, Attention, Linear, OpSpec, Slot
 
 
-def table(specs: Sequence[OpSpec], target: Target) -> str:
-    """The text of fusenorm_table.h."""
-    names = [name for spec in specs for name in symbols(spec)]
+def table(places: Sequence[tuple[OpSpec, Device]], target: Target) -> str:
+    """The text of fusenorm_table.h: a row for every op and device it has kernels for."""
+    names = [name for spec, device in places for name in symbols(spec, device)]
     known = sorted(
         {name for family in FAMILIES for s in family.variants() for name in s.attributes}
     )
@@ -21,20 +21,21 @@ def table(specs: Sequence[OpSpec], target: Target) -> str:
         for name in names
     )
     strays = ", ".join(f'"{name}"' for name in (*known, "axis", "stash_type"))
-    rows = "\n".join(_row(spec, target) for spec in specs)
+    rows = "\n".join(_row(spec, device, target) for spec, device in places)
     x86 = int(target.level[-1]) if target.machine == "x86_64" else 0
     return (
         f"{declarations}\n"
         f'#define LEVEL "{target.level}"\n'
         f"#define X86_LEVEL {x86}\n"
-        f"enum {{ OP_COUNT = {len(specs)}, KEY_BLOCK = {KEYS} }};\n"
+        f"#define HAS_CUDA {int(any(device == 'cuda' for _, device in places))}\n"
+        f"enum {{ OP_COUNT = {len(places)}, KEY_BLOCK = {KEYS} }};\n"
         f"static const char* const KNOWN_ATTRIBUTES[] = {{{strays}}};\n"
         f"static const Op OPS[OP_COUNT] = {{\n{rows}\n}};\n"
     )
 
 
-def _row(spec: OpSpec, target: Target) -> str:
-    kernels = [f"__tvm_ffi_{name}" for name in symbols(spec)]
+def _row(spec: OpSpec, device: Device, target: Target) -> str:
+    kernels = [f"__tvm_ffi_{name}" for name in symbols(spec, device)]
     numbers = (
         _parts(spec),
         _tile(spec, target),
@@ -44,7 +45,7 @@ def _row(spec: OpSpec, target: Target) -> str:
     )
     attributes = ", ".join(f'"{name}"' for name in spec.attributes) or "0"
     return (
-        f'  {{"{spec.op_type}", {kernels[0]}, {kernels[-1]}, {_kind(spec)}, '
+        f'  {{"{spec.op_type}", {kernels[0]}, {kernels[-1]}, {device.upper()}, {_kind(spec)}, '
         f"{', '.join(str(number) for number in numbers)},\n"
         f"   {{{', '.join(_slot(slot) for slot in spec.inputs)}}},\n"
         f"   {{{', '.join(_slot(slot) for slot in spec.outputs)}}}, {{{attributes}}}}},"

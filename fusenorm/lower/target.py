@@ -25,14 +25,14 @@ _CPUINFO = Path("/proc/cpuinfo")
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """One CPU level.
+    """One CPU level, alone or below CUDA's GPUs.
 
     Attributes:
         kind: the kind of device.
         level: the x86-64 psABI level, or aarch64.
     """
 
-    kind: Literal["cpu"] = "cpu"
+    kind: Literal["cpu", "cuda"] = "cpu"
     level: Level = "x86-64-v3"
 
     @classmethod
@@ -50,17 +50,19 @@ class Target:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """`cpu` (this machine's level) or a level by name.
+        """`cpu` or `cuda` (with this machine's level), or a level by name.
 
         Raises:
             BadInput: neither.
         """
         if text == "cpu":
             return cls.host()
+        if text == "cuda":
+            return cls("cuda", cls.host().level)
         for level in _FEATURES:
             if text == level:
                 return cls("cpu", level)
-        raise BadInput(f"unknown target '{text}': give cpu or one of {', '.join(_FEATURES)}")
+        raise BadInput(f"unknown target '{text}': give cpu, cuda or one of {', '.join(_FEATURES)}")
 
     @classmethod
     def parse_all(cls, texts: str | Iterable[str]) -> list[Self]:
@@ -74,7 +76,8 @@ class Target:
         """
         given = [texts] if isinstance(texts, str) else texts
         found = {cls.parse(part.strip()) for text in given for part in text.split(",")}
-        return sorted(found, key=lambda target: list(_FEATURES).index(target.level))
+        levels = list(_FEATURES)
+        return sorted(found, key=lambda target: (target.kind, levels.index(target.level)))
 
     @property
     def machine(self) -> str:
@@ -103,7 +106,7 @@ class Target:
         return {"kind": "llvm", "mtriple": "x86_64-linux-gnu", "mcpu": self.level}
 
     def __str__(self) -> str:
-        return self.level
+        return self.level if self.kind == "cpu" else f"{self.level}-cuda"
 
 
 def _machine() -> str:

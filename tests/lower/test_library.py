@@ -35,7 +35,7 @@ def built(tmp_path_factory: pytest.TempPathFactory):
 
 
 def test_the_table_names_every_op_once() -> None:
-    text = table(SPECS, Target.parse("x86-64-v3"))
+    text = table([(spec, "cpu") for spec in SPECS], Target.parse("x86-64-v3"))
     assert "OP_COUNT = 4" in text
     assert "X86_LEVEL 3" in text
     assert text.count('"SkipRMSNorm"') == 1

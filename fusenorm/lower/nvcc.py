@@ -1,0 +1,108 @@
+"""NVIDIA's compiler: where it is, and what is asked of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Self
+
+from fusenorm.artifact import Cuda
+from fusenorm.errors import BadInput, FusenormError
+
+ARCHS = ("sm_80", "sm_90", "sm_100")
+PTX = "compute_100"
+# No contraction: an op of the body is an op of the GPU, as in the graph. Division and root are
+# IEEE's by default.
+FLAGS = ("-O3", "-std=c++17", "-fmad=false", "-Xcompiler", "-fPIC,-fvisibility=hidden")
+# Of generated code: statements without effect, variables that are not used.
+QUIET = ("-diag-suppress", "174,177,550")
+
+
+@dataclasses.dataclass(frozen=True)
+class Nvcc:
+    """A CUDA compiler.
+
+    Attributes:
+        path: the program.
+        release: its CUDA version, such as `13.0`.
+    """
+
+    path: Path
+    release: str
+
+    @classmethod
+    def find(cls) -> Self:
+        """The first there is of: $FUSENORM_NVCC, nvcc on the PATH, /usr/local/cuda, and the wheel
+        nvidia-cuda-nvcc in this environment.
+
+        Raises:
+            BadInput: there is none, or it does not run.
+        """
+        given = os.environ.get("FUSENORM_NVCC")
+        found = given or shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+        path = Path(found) if found else _wheel()
+        if path is None:
+            raise BadInput(
+                "no CUDA compiler: set FUSENORM_NVCC, install the CUDA toolkit, "
+                "or pip install 'fusenorm[cuda]'"
+            )
+        release = re.search(r"release (\d+\.\d+)", run([path, "--version"]))
+        if release is None:
+            raise BadInput("is no nvcc: it does not say its version", file=path)
+        return cls(path, release[1])
+
+    @property
+    def cuda(self) -> Cuda:
+        """What it compiles for."""
+        return Cuda(ARCHS, PTX, self.release)
+
+    def compile(self, source: Path, includes: Sequence[str], output: Path) -> str:
+        """Compile a .cu file to an object for every architecture; what ptxas said of it."""
+        targets = [f"-gencode=arch={arch.replace('sm', 'compute')},code={arch}" for arch in ARCHS]
+        targets.append(f"-gencode=arch={PTX},code={PTX}")
+        paths = [f"-I{path}" for path in includes]
+        arguments = [*FLAGS, *QUIET, "-Xptxas=-v", *targets, *paths]
+        return run([self.path, *arguments, "-c", source, "-o", output])
+
+    def ptx(self, source: Path, includes: Sequence[str], output: Path) -> None:
+        """Compile a .cu file to PTX text for the first architecture."""
+        arch = ARCHS[0].replace("sm", "compute")
+        paths = [f"-I{path}" for path in includes]
+        run([self.path, *FLAGS, *QUIET, *paths, f"-arch={arch}", "-ptx", source, "-o", output])
+
+    def link(self, objects: Sequence[Path], exports: Path, output: Path) -> None:
+        """Link a shared library with the CUDA runtime inside."""
+        options = (f"--version-script={exports}", "-znoexecstack", "-s")
+        linker = [f"-Xlinker={option}" for option in options]
+        run([self.path, "-shared", "-cudart=static", *linker, *objects, "-o", output])
+
+
+def _wheel() -> Path | None:
+    """nvcc of the wheel nvidia-cuda-nvcc, which lies in a namespace package nvidia.cuXX."""
+    spec = importlib.util.find_spec("nvidia")
+    for folder in spec.submodule_search_locations or () if spec else ():
+        for path in sorted(Path(folder).glob("cu*/bin/nvcc"), reverse=True):
+            return path
+    return None
+
+
+def run(command: Sequence[str | Path]) -> str:
+    """Run a compiler; its output and what it said.
+
+    Raises:
+        BadInput: it cannot be run.
+        FusenormError: it failed.
+    """
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise BadInput(f"cannot be run: {error.strerror}", file=command[0]) from error
+    if done.returncode:
+        raise FusenormError(f"{command[0]} failed: {done.stderr.strip()[-500:]}")
+    return done.stdout + done.stderr

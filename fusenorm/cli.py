@@ -64,7 +64,7 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 Targets = Annotated[
     list[str] | None,
     typer.Option(
-        "--target", help="cpu (this machine's level) or levels: x86-64-v2,x86-64-v3; repeatable."
+        "--target", help="cpu (this machine's level), cuda, or levels: x86-64-v2,cuda; repeatable."
     ),
 ]
 NoTune = Annotated[

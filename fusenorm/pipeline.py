@@ -259,6 +259,18 @@ def fused_specs(model: ir.Model) -> list[OpSpec]:
     return list(found.values())
 
 
+def row_lengths(model: ir.Model) -> dict[OpSpec, set[int]]:
+    """The known lengths of the rows each fused op of a model is used on."""
+    found: dict[OpSpec, set[int]] = {spec: set() for spec in fused_specs(model)}
+    for graph in model.graphs():
+        for node in graph:
+            spec = parse(node.op_type) if node.domain == DOMAIN else None
+            shape = node.outputs[0].shape
+            if spec is not None and shape and isinstance(shape[-1], int):
+                found[spec].add(shape[-1])
+    return found
+
+
 def compile(
     model: Result | str | os.PathLike[str] | onnx.ModelProto | ir.Model,
     target: str | Sequence[str] = "cpu",
@@ -272,8 +284,10 @@ def compile(
 
     Args:
         model: what optimize returned, or anything it takes (which is optimised first).
-        target: `cpu` for this machine's level, or a level such as `x86-64-v3`; several in a list
-            or joined by commas. The weights are packed once for all.
+        target: `cpu` for this machine's level, a level such as `x86-64-v3`, or `cuda` for GPUs
+            (no GPU is needed here); several in a list or joined by commas. The weights are packed
+            once for all, or not at all with `cuda` among them: there, products of matrices are
+            left to onnxruntime.
         inputs: arrays by name, or an .npz of them, for the recorded run; else random ones.
         dims: sizes of symbolic axes for random inputs.
         tune: leave regions to onnxruntime that are measured to run slower here; False takes all,
@@ -284,7 +298,7 @@ def compile(
         The artifact; `.save(folder)` writes it.
 
     Raises:
-        BadInput: the target is unknown, no C compiler is to be had, or the model cannot run.
+        BadInput: the target is unknown, no compiler is to be had, or the model cannot run.
     """
     result = model if isinstance(model, Result) else optimize(model, progress=progress)
     from fusenorm.artifact import Artifact, Library, Source
@@ -294,10 +308,11 @@ def compile(
 
     asked = target if isinstance(target, str) else ",".join(target)
     targets = Target.parse_all(asked)
+    only_cpu = all(one.kind == "cpu" for one in targets)
     with tempfile.TemporaryDirectory() as scratch:
-        model, regions = lower_regions(result.model)
+        model, regions = lower_regions(result.model) if only_cpu else (result.model, [])
         built: dict[Target, LibraryInfo | None] = {}
-        best = next((one for one in targets if one.runs_here), None)
+        best = next((one for one in targets if only_cpu and one.runs_here), None)
         if tune and best is not None:
             library = built[best] = _build(model, best, Path(scratch, f"{best}.so"))
             slow = slower(model, library.path, best.level) if library else {}
@@ -313,14 +328,16 @@ def compile(
             progress("record a golden run", 1, 1)
         portable = Path(scratch, "model.onnx")
         save_model(model, portable)
+        recorded = None
         try:
             recorded = golden(portable, inputs=inputs, dims=dims)
         except CannotRun as error:
-            message = error.message.replace(f"Load model from {portable} failed:", "")
-            node = _foreign_node(model)
-            raise BadInput(
-                message, file=result.source or result.model.graph.name, node=node
-            ) from error
+            if only_cpu or not _in_bf16(model):
+                message = error.message.replace(f"Load model from {portable} failed:", "")
+                node = _foreign_node(model)
+                raise BadInput(
+                    message, file=result.source or result.model.graph.name, node=node
+                ) from error
     summary = result.report.model
     return Artifact(
         name=result.source.stem if result.source else str(result.model.graph.name or "model"),
@@ -333,13 +350,18 @@ def compile(
     )
 
 
+def _in_bf16(model: ir.Model) -> bool:
+    """Whether fused ops are in bf16, which onnxruntime runs on GPUs alone."""
+    return any(slot.dtype == "bf16" for spec in fused_specs(model) for slot in spec.outputs)
+
+
 def _build(model: ir.Model, target: Target, path: Path) -> LibraryInfo | None:
     """The library of a model's fused ops, None if it has none."""
     from fusenorm.kernels import supports
     from fusenorm.lower import build_library
 
-    specs = [spec for spec in fused_specs(model) if supports(spec) is None]
-    return build_library(specs, target, path) if specs else None
+    columns = {spec: found for spec, found in row_lengths(model).items() if supports(spec) is None}
+    return build_library(columns, target, path, columns=columns) if columns else None
 
 
 def lower_regions(model: ir.Model, check: Check | None = None) -> tuple[ir.Model, list[Site]]:

@@ -11,7 +11,7 @@ import tvm.script.ir_builder.tirx as T
 from fusenorm.kernels.mathfn import Expr
 from fusenorm.kernels.program import Reduction
 from fusenorm.kernels.rows import Block
-from fusenorm.kernels.threads import FLAT, STREAM, WARP, ThreadEmitter, Tiling
+from fusenorm.kernels.threads import BUSY, FLAT, STREAM, WARP, ThreadEmitter, Tiling
 
 Body = Callable[[Expr, Expr], None]
 
@@ -78,10 +78,14 @@ def flat(emitter: ThreadEmitter, count: Expr) -> None:
 def _launch(blocks: Expr, tile: Tiling) -> Iterator[tuple[Expr, Expr, Expr]]:
     """(block, part of its row, thread)."""
     count = (blocks + (tile.rows - 1)) // tile.rows
+    threads = tile.threads * tile.rows
+    # Without a number of blocks ptxas rather spills than loses the last possible one.
+    busy = max(1, BUSY // threads)
     with (
         T.launch_thread("blockIdx.x", T.cast(count, "int32")) as block,
         T.launch_thread("blockIdx.y", tile.parts) as part,
-        T.launch_thread("threadIdx.x", tile.threads * tile.rows) as thread,
+        T.launch_thread("threadIdx.x", threads) as thread,
+        T.attr(T.int32(0), "tirx.launch_bounds_min_blocks_per_sm", T.int32(busy)),
     ):
         yield block, part, thread
 

@@ -95,9 +95,7 @@ def cuda(spec: OpSpec, columns: Iterable[int] = ()) -> list[Any]:
 
 def source(functions: Mapping[str, Any]) -> str:
     """PrimFuncs by symbol as the text of one .cu file: kernels and the host code around them."""
-    target = tvm.target.Target(
-        {"kind": "cuda", "arch": "sm_80"}, host={"kind": "cuda_host"}
-    )
+    target = tvm.target.Target({"kind": "cuda", "arch": "sm_80"}, host={"kind": "cuda_host"})
     config = {
         "tirx.disable_cse_tir": True,
         "tirx.disable_storage_rewrite": True,
@@ -172,9 +170,7 @@ def _arguments(
     slots = (*program.inputs, *outputs)
     handles = {slot.name: T.arg(slot.name, T.handle()) for slot in slots}
     attributes = {name: T.arg(name, T.float32()) for name in program.attributes}
-    rows, columns, pair = (
-        IRBuilder.name(name, T.int64()) for name in ("rows", "columns", "pair")
-    )
+    rows, columns, pair = (IRBuilder.name(name, T.int64()) for name in ("rows", "columns", "pair"))
     shapes = {"row": (rows, columns), "vector": (columns,), "packed": (rows, pair)}
     buffers = {}
     # Outputs first: their shape defines the symbols the inputs' use.
@@ -196,7 +192,9 @@ def _aligned(slots: Iterable[Slot], buffers: Mapping[str, Any], vector: int) -> 
     checks = []
     for slot in slots:
         size, mask = DTYPES[slot.dtype].numpy.itemsize, access(slot, vector) - 1
-        place = T.call_pure_extern("uint64", f"fusenorm_address_{slot.dtype}", buffers[slot.name].data)
+        place = T.call_pure_extern(
+            "uint64", f"fusenorm_address_{slot.dtype}", buffers[slot.name].data
+        )
         if slot.layout != "vector":
             place = T.bitwise_or(place, T.cast(buffers[slot.name].strides[0] * size, "uint64"))
         checks.append(T.bitwise_and(place, T.uint64(mask)) == T.uint64(0))

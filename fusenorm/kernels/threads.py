@@ -25,6 +25,7 @@ BLOCK = 128  # threads of a block that holds several rows
 STREAM = 512  # threads of a block that reads its row again
 FLAT = 256  # threads of a block without rows
 MOST_THREADS = 1024
+BUSY = 1024  # threads a multiprocessor holds at least, with 64 registers each
 
 
 @dataclasses.dataclass(frozen=True)
@@ -265,7 +266,9 @@ class ThreadEmitter(Emitter):
         for target in targets:
             walk(target)
         views = self.program.views
-        return list(dict.fromkeys(self._register_of(name) if name in views else name for name in found))
+        return list(
+            dict.fromkeys(self._register_of(name) if name in views else name for name in found)
+        )
 
     def _register_of(self, name: str) -> str:
         view = self.program.views[name]

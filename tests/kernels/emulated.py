@@ -111,9 +111,7 @@ def emulate(specs: Mapping[OpSpec, Sequence[int]], folder: Path) -> Emulated:
         subprocess.run(command, check=True)
     objects = [str(folder / name) for name in parts]
     subprocess.run([compiler, "-shared", *objects, "-ldl", "-o", str(library)], check=True)
-    return Emulated(
-        tvm_ffi.load_module(str(library)), ctypes.CDLL(str(library)).emulation_widest
-    )
+    return Emulated(tvm_ffi.load_module(str(library)), ctypes.CDLL(str(library)).emulation_widest)
 
 
 class Guarded:

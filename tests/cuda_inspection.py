@@ -1,0 +1,157 @@
+"""What nvcc makes of the CUDA kernels, without a GPU: registers, spills, accesses, shuffles.
+
+python -m tests.cuda_inspection [--all]   # --all: every op of the case table
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import re
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from fusenorm.kernels import row_program, symbols
+from fusenorm.kernels.cuda import Variant, variants
+from fusenorm.lower import Target, build_library
+from fusenorm.lower.library import cuda_includes, cuda_source
+from fusenorm.lower.nvcc import ARCHS, Nvcc
+from fusenorm.ops import DType, Gated, Norm, OpSpec
+from tests.kernels.cases import pairwise
+
+_USAGE = re.compile(
+    r"Compiling entry function '(\w+)' for '(sm_\d+)'.*?"
+    r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads.*?"
+    r"Used (\d+) registers",
+    re.S,
+)
+_ENTRY = re.compile(r"\.entry (\w+)\((.*?)\n}\n", re.S)
+_ACCESS = re.compile(r"\b(ld|st)\.global\S*?(?:\.v(\d))?\.[a-z]+(\d+)\s")
+NORM_WIDTHS = (768, 1000, 4096, 8192, 16384, 32768)
+GLU_WIDTHS = (3072, 11008)
+
+
+@dataclasses.dataclass(frozen=True)
+class Usage:
+    """What one kernel takes on one architecture.
+
+    Attributes:
+        registers: per thread.
+        stack, spills: bytes of local memory per thread.
+    """
+
+    registers: int
+    stack: int
+    spills: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Inspected:
+    """One kernel.
+
+    Attributes:
+        spec: the op.
+        symbol: the function that launches it.
+        variant: which of the op's kernels it is.
+        usage: by architecture.
+        loads, stores: bits of its widest access to global memory.
+        shuffles: warp shuffles in its PTX.
+    """
+
+    spec: OpSpec
+    symbol: str
+    variant: Variant
+    usage: Mapping[str, Usage]
+    loads: int
+    stores: int
+    shuffles: int
+
+
+def inspected_ops() -> dict[OpSpec, tuple[int, ...]]:
+    """The ops of real models in every type, with the row lengths they are specialised on."""
+    found: dict[OpSpec, tuple[int, ...]] = {}
+    dtypes: tuple[DType, ...] = ("f32", "f16", "bf16")
+    for dtype in dtypes:
+        for centred in (False, True):
+            bias = dtype if centred else None
+            found[Norm(centred, False, dtype, dtype, bias)] = NORM_WIDTHS
+            found[Norm(centred, True, dtype, dtype, bias)] = NORM_WIDTHS
+        found[Norm(True, True, dtype, dtype, dtype, alpha=True)] = (768, 4096)
+        for layout in ("pair", "gate_up", "interleaved"):
+            found[Gated("swish", layout, dtype)] = GLU_WIDTHS
+        found[Gated("gelu", dtype=dtype)] = ()
+        found[Gated("gelu_tanh", "gate_up", dtype)] = GLU_WIDTHS
+    return found
+
+
+def inspect(specs: Mapping[OpSpec, Sequence[int]]) -> list[Inspected]:
+    """Compile the kernels of ops, each specialised on some row lengths, for every architecture."""
+    nvcc = Nvcc.find()
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "kernels.cu")
+        source.write_text(cuda_source(specs, specs), encoding="utf-8")
+        said = nvcc.compile(source, cuda_includes(), Path(folder, "kernels.o"))
+        nvcc.ptx(source, cuda_includes(), Path(folder, "kernels.ptx"))
+        ptx = {name: body for name, body in _ENTRY.findall(Path(folder, "kernels.ptx").read_text())}
+    usage: dict[str, dict[str, Usage]] = {}
+    for kernel, arch, stack, stores, loads, registers in _USAGE.findall(said):
+        made = Usage(int(registers), int(stack), int(stores) + int(loads))
+        usage.setdefault(kernel, {})[arch] = made
+    found = []
+    for spec, columns in specs.items():
+        for symbol in symbols(spec, "cuda"):
+            for number, variant in enumerate(variants(spec, columns)):
+                kernel = f"{symbol}_kernel{f'_{number}' if number else ''}"
+                widest = {"ld": 0, "st": 0}
+                for kind, count, bits in _ACCESS.findall(ptx[kernel]):
+                    widest[kind] = max(widest[kind], int(count or 1) * int(bits))
+                shuffles = ptx[kernel].count("shfl.sync.bfly")
+                found.append(
+                    Inspected(
+                        spec,
+                        symbol,
+                        variant,
+                        usage[kernel],
+                        widest["ld"],
+                        widest["st"],
+                        shuffles,
+                    )
+                )
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--all", action="store_true", help="every op of the case table")
+    specs = inspected_ops()
+    if parser.parse_args().all:
+        specs |= {spec: (64, 1000) for spec in pairwise() if spec not in specs}
+    print(
+        f"| op | kernel | {' | '.join(f'{arch} registers' for arch in ARCHS)} | spilled bytes "
+        "| load bits | store bits | shuffles |"
+    )
+    print("|---" * (7 + len(ARCHS) - 1) + "|")
+    for item in inspect(specs):
+        name = item.symbol.removeprefix("fusenorm_cuda_")
+        registers = " | ".join(str(item.usage[arch].registers) for arch in ARCHS)
+        spills = sum(usage.spills + usage.stack for usage in item.usage.values())
+        print(
+            f"| {name} | {item.variant.name} | {registers} | {spills} | {item.loads} "
+            f"| {item.stores} | {item.shuffles} |"
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.perf_counter()
+        library = build_library(
+            specs, Target.parse("cuda"), Path(folder, "ops.so"), columns=specs
+        ).path
+        seconds = time.perf_counter() - start
+        print(
+            f"\n{len(specs)} ops in one library of {library.stat().st_size} bytes, built in "
+            f"{seconds:.1f} s with CUDA {Nvcc.find().release}"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -56,7 +56,7 @@ class Inspected:
         symbol: the function that launches it.
         variant: which of the op's kernels it is.
         usage: by architecture.
-        loads, stores: bits of its widest access to global memory.
+        loads, stores: bits its accesses to global memory have, in ascending order.
         shuffles: warp shuffles in its PTX.
     """
 
@@ -64,8 +64,8 @@ class Inspected:
     symbol: str
     variant: Variant
     usage: Mapping[str, Usage]
-    loads: int
-    stores: int
+    loads: tuple[int, ...]
+    stores: tuple[int, ...]
     shuffles: int
 
 
@@ -104,20 +104,13 @@ def inspect(specs: Mapping[OpSpec, Sequence[int]]) -> list[Inspected]:
         for symbol in symbols(spec, "cuda"):
             for number, variant in enumerate(variants(spec, columns)):
                 kernel = f"{symbol}_kernel{f'_{number}' if number else ''}"
-                widest = {"ld": 0, "st": 0}
-                for kind, count, bits in _ACCESS.findall(ptx[kernel]):
-                    widest[kind] = max(widest[kind], int(count or 1) * int(bits))
+                bits: dict[str, set[int]] = {"ld": set(), "st": set()}
+                for kind, count, size in _ACCESS.findall(ptx[kernel]):
+                    bits[kind].add(int(count or 1) * int(size))
+                loads, stores = (tuple(sorted(bits[kind])) for kind in ("ld", "st"))
                 shuffles = ptx[kernel].count("shfl.sync.bfly")
                 found.append(
-                    Inspected(
-                        spec,
-                        symbol,
-                        variant,
-                        usage[kernel],
-                        widest["ld"],
-                        widest["st"],
-                        shuffles,
-                    )
+                    Inspected(spec, symbol, variant, usage[kernel], loads, stores, shuffles)
                 )
     return found
 

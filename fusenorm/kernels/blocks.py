@@ -18,7 +18,7 @@ Body = Callable[[Expr, Expr], None]
 
 def resident(emitter: ThreadEmitter, rows: Expr, tile: Tiling) -> None:
     """One launch: `tile.rows` rows per block, each read once and kept in registers."""
-    with _launch(rows, tile) as (block, part, thread):
+    with _launch(rows, tile, tile.parts) as (block, part, thread):
         row, lane = block * tile.rows + thread // tile.threads, thread % tile.threads
         inside = T.bind(T.cast(row, "int64") < rows) if tile.rows > 1 else None
 
@@ -34,16 +34,28 @@ def resident(emitter: ThreadEmitter, rows: Expr, tile: Tiling) -> None:
 
 
 def streaming(emitter: ThreadEmitter, rows: Expr) -> None:
-    """One launch: a block per row, which is read again in every pass (from L2, as a rule)."""
+    """One launch: a block per row, which is read again in every pass (from L2, as a rule).
+
+    Without reductions a row is one pass, and several blocks share it.
+    """
     groups = emitter.columns() // emitter.vector
-    tile = Tiling(0, emitter.vector, STREAM, 1, 1, 1)
-    with _launch(rows, tile) as (row, _, thread):
+    shared = not emitter.program.levels
+    emitter.whole = True
+    tile = Tiling(0, emitter.vector, FLAT if shared else STREAM, 1, 1, 1)
+    steps = (groups + (tile.threads - 1)) // tile.threads
+    with _launch(rows, tile, steps if shared else 1) as (row, part, thread):
+
+        def at(step: Expr, body: Body) -> None:
+            group = T.bind(T.cast(step, "int64") * tile.threads + T.cast(thread, "int64"))
+            with _only_if([group < groups]):
+                body(0, group)
 
         def each(body: Body) -> None:
-            with T.serial((groups + (STREAM - 1)) // STREAM) as step:
-                group = T.bind(step * STREAM + thread)
-                with _only_if([group < groups]):
-                    body(0, group)
+            if shared:
+                at(part, body)
+                return
+            with T.serial(steps) as step:
+                at(step, body)
 
         _Passes(emitter, row, thread, tile, each, 0).run()
 
@@ -52,7 +64,7 @@ def flat(emitter: ThreadEmitter, count: Expr) -> None:
     """One launch over `count` elements that lie side by side: whole groups, then single ones."""
     span = FLAT * emitter.vector
     tile = Tiling(0, emitter.vector, FLAT, 1, 1, 1)
-    with _launch((count + (span - 1)) // span, tile) as (block, _, thread):
+    with _launch((count + (span - 1)) // span, tile, 1) as (block, _, thread):
         group = T.bind(T.cast(block, "int64") * FLAT + T.cast(thread, "int64"))
         first = T.bind(group * emitter.vector)
 
@@ -75,7 +87,7 @@ def flat(emitter: ThreadEmitter, count: Expr) -> None:
 
 
 @contextmanager
-def _launch(blocks: Expr, tile: Tiling) -> Iterator[tuple[Expr, Expr, Expr]]:
+def _launch(blocks: Expr, tile: Tiling, parts: Expr) -> Iterator[tuple[Expr, Expr, Expr]]:
     """(block, part of its row, thread)."""
     count = (blocks + (tile.rows - 1)) // tile.rows
     threads = tile.threads * tile.rows
@@ -83,7 +95,7 @@ def _launch(blocks: Expr, tile: Tiling) -> Iterator[tuple[Expr, Expr, Expr]]:
     busy = max(1, BUSY // threads)
     with (
         T.launch_thread("blockIdx.x", T.cast(count, "int32")) as block,
-        T.launch_thread("blockIdx.y", tile.parts) as part,
+        T.launch_thread("blockIdx.y", T.cast(parts, "int32")) as part,
         T.launch_thread("threadIdx.x", threads) as thread,
         T.attr(T.int32(0), "tirx.launch_bounds_min_blocks_per_sm", T.int32(busy)),
     ):

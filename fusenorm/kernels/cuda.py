@@ -37,7 +37,7 @@ from fusenorm.kernels.blocks import flat, resident, streaming
 from fusenorm.kernels.mathfn import Expr
 from fusenorm.kernels.program import RowProgram, row_program, supports, symbols
 from fusenorm.kernels.rows import function
-from fusenorm.kernels.threads import ELEMENT, ThreadEmitter, Tiling, access, widest
+from fusenorm.kernels.threads import ELEMENT, PRELUDE, ThreadEmitter, Tiling, access, widest
 from fusenorm.ops import DTYPES, OpSpec, Slot
 
 
@@ -105,7 +105,7 @@ def source(functions: Mapping[str, Any]) -> str:
     disabled = ["s_tir.CompactBufferAllocation"]
     with tvm.transform.PassContext(config=config, disabled_pass=disabled):
         module = tvm.tirx.build(tvm.IRModule(dict(functions)), target=target)
-    return str(tvm.backend.cuda.export_cuda_host(module))
+    return PRELUDE + str(tvm.backend.cuda.export_cuda_host(module))
 
 
 def _host(

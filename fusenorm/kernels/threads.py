@@ -20,6 +20,14 @@ from fusenorm.ops import DTYPES, DType, Slot
 
 ELEMENT: Mapping[DType, str] = {"f16": "float16", "bf16": "bfloat16", "f32": "float32"}
 ACCESS = 16  # bytes a thread moves at once
+STORE = "fusenorm_store"  # the function of `PRELUDE`
+# Where the address is not known to be one of few, nvcc takes a plain store to pieces.
+PRELUDE = f"""#include <cuda_runtime.h>
+template <typename T>
+static __device__ __forceinline__ void {STORE}(T* to, const T* from) {{
+  __stwb(reinterpret_cast<uint4*>(to), *reinterpret_cast<const uint4*>(from));
+}}
+"""
 WARP = 32
 BLOCK = 128  # threads of a block that holds several rows
 STREAM = 512  # threads of a block that reads its row again
@@ -135,7 +143,12 @@ class Registers:
 
 
 class ThreadEmitter(Emitter):
-    """What one thread computes of its groups."""
+    """What one thread computes of its groups.
+
+    Attributes:
+        at: the chunk and the lane of the element at hand.
+        whole: groups are stored by `PRELUDE`, which keeps the 16 bytes together.
+    """
 
     unary = {**Emitter.unary, "Sigmoid": _sigmoid, "Tanh": _call("tanhf"), "Erf": _call("erff")}
     scalar = Thread()
@@ -157,6 +170,7 @@ class ThreadEmitter(Emitter):
         self.scalars.update(attributes)
         self.held: dict[str, _Registers] = {}
         self.at: tuple[Expr, Expr] = (0, 0)
+        self.whole = False
 
     def columns(self) -> Expr:
         return self.width
@@ -232,6 +246,10 @@ class ThreadEmitter(Emitter):
         line, start = self.memory(self.slots[name], row, T.cast(group, "int64"))
         first_of_chunk = (chunk if registers.whole else 0) * self.vector
         for first, length in self.pieces(self.slots[name], self.vector):
+            if self.whole and length > 1:
+                pointers = (line[start + first], registers.buffer[first_of_chunk + first])
+                T.evaluate(T.call_extern("void", STORE, *(T.address_of(at) for at in pointers)))
+                continue
             value = registers.buffer[_span(first_of_chunk + first, length)]
             T.buffer_store(line, value, [_span(start + first, length)])
 

@@ -38,20 +38,24 @@ class Nvcc:
 
     @classmethod
     def find(cls) -> Self:
-        """The first there is of: $FUSENORM_NVCC, nvcc on the PATH, /usr/local/cuda, and the wheel
-        nvidia-cuda-nvcc in this environment.
+        """The first there is of: $FUSENORM_NVCC, the wheel nvidia-cuda-nvcc in this environment,
+        nvcc on the PATH, /usr/local/cuda.
 
         Raises:
             BadInput: there is none, or it does not run.
         """
-        given = os.environ.get("FUSENORM_NVCC")
-        found = given or shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
-        path = Path(found) if found else _wheel()
-        if path is None:
+        found = (
+            os.environ.get("FUSENORM_NVCC")
+            or _wheel()
+            or shutil.which("nvcc")
+            or shutil.which("/usr/local/cuda/bin/nvcc")
+        )
+        if not found:
             raise BadInput(
-                "no CUDA compiler: set FUSENORM_NVCC, install the CUDA toolkit, "
-                "or pip install 'fusenorm[cuda]'"
+                "no CUDA compiler: pip install 'fusenorm[cuda]', install the CUDA toolkit, "
+                "or set FUSENORM_NVCC"
             )
+        path = Path(found)
         release = re.search(r"release (\d+\.\d+)", run([path, "--version"]))
         if release is None:
             raise BadInput("is no nvcc: it does not say its version", file=path)

@@ -24,6 +24,7 @@
 #define __global__
 #define __device__
 #define __host__
+#define __forceinline__ inline
 #define __shared__ static
 #define __launch_bounds__(...)
 #define __align__(bytes) __attribute__((aligned(bytes)))
@@ -201,6 +202,11 @@ struct nv_bfloat162 : emulation::Vector<nv_bfloat16, 2> {
   nv_bfloat162(nv_bfloat16 a, nv_bfloat16 b) { part[0] = a, part[1] = b; }
 };
 using half2 = __half2;
+
+template <typename Bytes>
+void __stwb(Bytes* to, const Bytes& value) {
+  *to = value;
+}
 
 inline float __half2float(half value) { return value; }
 inline half __float2half(float value) { return half(value); }

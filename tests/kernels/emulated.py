@@ -15,10 +15,12 @@ import pytest
 import tvm_ffi
 
 from fusenorm.kernels import symbols
+from fusenorm.lower.library import cuda_includes, cuda_source
 from fusenorm.ops import DTYPES, OpSpec, Slot
 
 EMULATION = Path(__file__).parent / "emulation"
-SHIM = Path(__file__).parents[2] / "fusenorm" / "lower" / "tvm_ffi_shim.c"
+LOWER = Path(__file__).parents[2] / "fusenorm" / "lower"
+SHIMS = (LOWER / "tvm_ffi_shim.c", LOWER / "ort_shim.c")
 CUDA_DEVICE = 2
 # DLPack's type codes.
 CODES = {"f16": 2, "f32": 2, "bf16": 4}
@@ -84,34 +86,31 @@ class Emulated:
 
 def emulate(specs: Mapping[OpSpec, Sequence[int]], folder: Path) -> Emulated:
     """The CUDA kernels of ops, each specialised on some row lengths, built for this CPU."""
-    from fusenorm.kernels.cuda import cuda, source
-
-    compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        pytest.skip("no C++ compiler")
-    functions = {
-        name: function
-        for spec, columns in specs.items()
-        for name, function in zip(symbols(spec, "cuda"), cuda(spec, columns), strict=True)
-    }
-    (folder / "kernels.cu").write_text(source(functions), encoding="utf-8")
-    library = folder / "kernels.so"
-    flags = ["-O1", "-fPIC", "-fno-strict-aliasing", "-ffp-contract=off", "-w"]
-    parts = {
-        "shim.o": [str(SHIM)],
-        "kernels.o": [
-            *("-x", "c++", "-std=c++17", f"-I{EMULATION}"),
-            *(f"-I{path}" for path in tvm_ffi.libinfo.include_paths()),
-            str(folder / "kernels.cu"),
-        ],
-    }
-    for name, arguments in parts.items():
-        language = ["-x", "c"] if name == "shim.o" else []
-        command = [compiler, *flags, *language, *arguments, "-c", "-o", str(folder / name)]
-        subprocess.run(command, check=True)
-    objects = [str(folder / name) for name in parts]
-    subprocess.run([compiler, "-shared", *objects, "-ldl", "-o", str(library)], check=True)
+    library = compile_parts(cuda_source(specs, specs), folder, SHIMS[:1])
     return Emulated(tvm_ffi.load_module(str(library)), ctypes.CDLL(str(library)).emulation_widest)
+
+
+def compile_parts(
+    text: str, folder: Path, shims: Sequence[Path], options: Sequence[str] = ()
+) -> Path:
+    """The library of a .cu text and C files, by the host's compilers."""
+    compilers = [shutil.which(name) for name in ("c++", "cc")]
+    if None in compilers:
+        pytest.skip("no C++ compiler")
+    (folder / "kernels.cu").write_text(text, encoding="utf-8")
+    flags = ["-O1", "-fPIC", "-fno-strict-aliasing", "-ffp-contract=off", "-w", *options]
+    includes = [f"-I{path}" for path in (EMULATION, *cuda_includes())]
+    objects = [folder / "kernels.o", *(folder / f"{shim.stem}.o" for shim in shims)]
+    cpp, c = (str(compiler) for compiler in compilers)
+    sources = [
+        ["-x", "c++", "-std=c++17", *includes, folder / "kernels.cu"],
+        *([shim] for shim in shims),
+    ]
+    for compiler, source, made in zip((cpp, *(c for _ in shims)), sources, objects, strict=True):
+        subprocess.run([compiler, *flags, *source, "-c", "-o", made], check=True)
+    library = folder / "kernels.so"
+    subprocess.run([cpp, "-shared", *objects, "-ldl", "-o", library], check=True)
+    return library
 
 
 class Guarded:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from fusenorm.kernels import row_program, symbols
+from fusenorm.kernels import symbols
 from fusenorm.kernels.cuda import Variant, variants
 from fusenorm.lower import Target, build_library
 from fusenorm.lower.library import cuda_includes, cuda_source
@@ -94,7 +94,7 @@ def inspect(specs: Mapping[OpSpec, Sequence[int]]) -> list[Inspected]:
         source.write_text(cuda_source(specs, specs), encoding="utf-8")
         said = nvcc.compile(source, cuda_includes(), Path(folder, "kernels.o"))
         nvcc.ptx(source, cuda_includes(), Path(folder, "kernels.ptx"))
-        ptx = {name: body for name, body in _ENTRY.findall(Path(folder, "kernels.ptx").read_text())}
+        ptx = dict(_ENTRY.findall(Path(folder, "kernels.ptx").read_text()))
     usage: dict[str, dict[str, Usage]] = {}
     for kernel, arch, stack, stores, loads, registers in _USAGE.findall(said):
         made = Usage(int(registers), int(stack), int(stores) + int(loads))

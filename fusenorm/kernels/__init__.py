@@ -1,4 +1,4 @@
-"""Kernels of the fused ops. Importing this package does not import TVM; `kernels.cpu` and `kernels.cuda` do."""
+"""Kernels of the fused ops. Importing this package does not import TVM; its `cpu`, `cuda` do."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ def streaming(emitter: ThreadEmitter, rows: Expr) -> None:
     """
     groups = emitter.columns() // emitter.vector
     shared = not emitter.program.levels
-    emitter.whole = True
+    emitter.stores_whole = True
     tile = Tiling(0, emitter.vector, FLAT if shared else STREAM, 1, 1, 1)
     steps = (groups + (tile.threads - 1)) // tile.threads
     with _launch(rows, tile, steps if shared else 1) as (row, part, thread):
@@ -78,9 +78,9 @@ def flat(emitter: ThreadEmitter, count: Expr) -> None:
             return
 
         def single(body: Body) -> None:
-            with _only_if([first < count, first + emitter.vector > count]):
-                with T.serial(count - first) as lane:
-                    body(0, first + lane)
+            cut_off = [first < count, first + emitter.vector > count]
+            with _only_if(cut_off), T.serial(count - first) as lane:
+                body(0, first + lane)
 
         tail = emitter.narrowed()
         _Passes(tail, zero, thread, tile, single, 0).run()

@@ -20,10 +20,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import operator
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 # tvm_ffi would import torch, which it does not need here.
@@ -39,6 +37,8 @@ from fusenorm.kernels.program import RowProgram, row_program, supports, symbols
 from fusenorm.kernels.rows import function
 from fusenorm.kernels.threads import ELEMENT, PRELUDE, ThreadEmitter, Tiling, access, widest
 from fusenorm.ops import DTYPES, OpSpec, Slot
+
+MOST_ROWS = 2**31 - 1  # blocks of a launch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,7 +141,8 @@ def _host(
                 checks.insert(0, columns % variant.vector == 0)
             return functools.reduce(T.And, checks)
 
-        with T.If(rows * columns > 0), T.Then():
+        most = T.Assert(rows <= MOST_ROWS, f"at most {MOST_ROWS} rows")
+        with most, T.If(rows * columns > 0), T.Then():
             _first(choices, takes, launch)
     return builder.get()
 
@@ -170,8 +171,8 @@ def _arguments(
     slots = (*program.inputs, *outputs)
     handles = {slot.name: T.arg(slot.name, T.handle()) for slot in slots}
     attributes = {name: T.arg(name, T.float32()) for name in program.attributes}
-    rows, columns, pair = (IRBuilder.name(name, T.int64()) for name in ("rows", "columns", "pair"))
-    shapes = {"row": (rows, columns), "vector": (columns,), "packed": (rows, pair)}
+    rows, columns = (IRBuilder.name(name, T.int64()) for name in ("rows", "columns"))
+    shapes = {"row": (rows, columns), "vector": (columns,), "packed": (rows, columns * 2)}
     buffers = {}
     # Outputs first: their shape defines the symbols the inputs' use.
     for slot in sorted(slots, key=lambda slot: slot not in outputs):

@@ -14,7 +14,7 @@ from typing import Any
 import tvm.script.ir_builder.tirx as T
 
 from fusenorm.kernels.mathfn import Expr, Lanes
-from fusenorm.kernels.program import Reduction, RowProgram
+from fusenorm.kernels.program import RowProgram
 from fusenorm.kernels.rows import Block, Emitter
 from fusenorm.ops import DTYPES, DType, Slot
 
@@ -59,6 +59,14 @@ def _call(name: str) -> Callable[[Lanes, Expr], Expr]:
 def _sigmoid(lanes: Lanes, x: Expr) -> Expr:
     e = T.call_pure_extern("float32", "expf", lanes.f32(0.0) - x)
     return lanes.let(lanes.f32(1.0) / (e + lanes.f32(1.0)))
+
+
+_UNARY: Mapping[str, Callable[[Lanes, Expr], Expr]] = {
+    **Emitter.unary,
+    "Sigmoid": _sigmoid,
+    "Tanh": _call("tanhf"),
+    "Erf": _call("erff"),
+}
 
 
 def _round_to(lanes: Lanes, dtype: DType, value: Expr) -> Expr:
@@ -147,10 +155,10 @@ class ThreadEmitter(Emitter):
 
     Attributes:
         at: the chunk and the lane of the element at hand.
-        whole: groups are stored by `PRELUDE`, which keeps the 16 bytes together.
+        stores_whole: groups are stored by `PRELUDE`, which keeps their 16 bytes together.
     """
 
-    unary = {**Emitter.unary, "Sigmoid": _sigmoid, "Tanh": _call("tanhf"), "Erf": _call("erff")}
+    unary = _UNARY
     scalar = Thread()
     round_to = staticmethod(_round_to)
 
@@ -168,9 +176,9 @@ class ThreadEmitter(Emitter):
         self.vector = vector
         self.buffers.update(buffers)
         self.scalars.update(attributes)
-        self.held: dict[str, _Registers] = {}
+        self.held: dict[str, Registers] = {}
         self.at: tuple[Expr, Expr] = (0, 0)
-        self.whole = False
+        self.stores_whole = False
 
     def columns(self) -> Expr:
         return self.width
@@ -246,7 +254,7 @@ class ThreadEmitter(Emitter):
         line, start = self.memory(self.slots[name], row, T.cast(group, "int64"))
         first_of_chunk = (chunk if registers.whole else 0) * self.vector
         for first, length in self.pieces(self.slots[name], self.vector):
-            if self.whole and length > 1:
+            if self.stores_whole and length > 1:
                 pointers = (line[start + first], registers.buffer[first_of_chunk + first])
                 T.evaluate(T.call_extern("void", STORE, *(T.address_of(at) for at in pointers)))
                 continue
@@ -316,7 +324,7 @@ class ThreadEmitter(Emitter):
         node = self.program.nodes.get(name)
         if node is not None:
             return any(self._of_rows(read) for read in node.inputs)
-        return name in self.program.views or self.slots.get(name, _VECTOR).layout == "row"
+        return name in self.program.views or (name in self.slots and not self.is_vector(name))
 
     def _stored(self, name: str) -> str:
         """The narrowest value `name` is a copy of."""
@@ -327,9 +335,6 @@ class ThreadEmitter(Emitter):
             name = node.inputs[0]
             node = self.program.nodes.get(name)
         return name
-
-
-_VECTOR = Slot("", "f32", "vector")
 
 
 def _span(start: Expr, length: int) -> Expr:

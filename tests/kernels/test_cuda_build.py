@@ -30,7 +30,7 @@ BATCH = 16
 def batches() -> list[dict[OpSpec, tuple[int, ...]]]:
     if not os.environ.get("FUSENORM_ALL_OPS"):
         return [SOME]
-    every = SOME | {spec: (64, 1000) for spec in pairwise()} | inspected_ops()
+    every = SOME | dict.fromkeys(pairwise(), (64, 1000)) | inspected_ops()
     items = list(every.items())
     return [dict(items[at : at + BATCH]) for at in range(0, len(items), BATCH)]
 

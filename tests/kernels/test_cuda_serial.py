@@ -140,3 +140,20 @@ def test_wrong_arguments_are_named(large: Emulated) -> None:
         call({"scale": values["scale"][:700].copy()})
     with pytest.raises(ValueError, match=r"x\.strides"):
         call({"x": np.asfortranarray(values["x"])})
+
+
+@pytest.mark.parametrize("columns", [2 * 3072 - 2, 3072, 4 * 3072])
+def test_a_packed_row_is_twice_as_long(large: Emulated, columns: int) -> None:
+    spec = LARGE[4]
+    x = np.zeros((2, columns), DTYPES["bf16"].numpy)
+    y = np.full((2, 3072), 7, DTYPES["bf16"].numpy)
+    with pytest.raises(ValueError, match=r"x\.shape\[1\]"):
+        large(spec, [x], [y], attributes(spec))
+    assert (y == 7).all()
+
+
+def test_more_rows_than_a_launch_has_blocks(large: Emulated) -> None:
+    spec = LARGE[3]
+    many = np.broadcast_to(np.zeros((1, 1), DTYPES["bf16"].numpy), (2**32, 1))
+    with pytest.raises(RuntimeError, match="at most 2147483647 rows"):
+        large(spec, [many], [many], attributes(spec))

@@ -98,24 +98,14 @@ def build_library(
         tell(f"compiling {len(ordered)} kernels for {target}")
         compile_module(ordered, target).write_to_file(os.fspath(work / "kernels.o"), "o")
         (work / "fusenorm_table.h").write_text(table(places, target), encoding="utf-8")
-        exports = work / "exports.map"
-        exports.write_text(_EXPORTS, encoding="utf-8")
+        (work / "exports.map").write_text(_EXPORTS, encoding="utf-8")
         if nvcc:
             tell(f"compiling them for {', '.join(nvcc.cuda.archs)}")
-            source, cuda = work / "kernels.cu", work / "cuda.o"
-            source.write_text(cuda_source(ordered, columns or {}), encoding="utf-8")
-            nvcc.compile(source, cuda_includes(), cuda)
-            shims = [work / "ort_shim.o", work / "tvm_ffi_shim.o"]
-            for shim, made in zip((_SHIM, _FFI_SHIM), shims, strict=True):
-                run([*compiler, *_CFLAGS, f"-I{work}", "-c", shim, "-o", made])
-            tell(f"linking {path.name}")
-            nvcc.link([*shims, work / "kernels.o", cuda], exports, work / "library.so")
-        else:
-            tell(f"linking {path.name}")
-            linking = ("-shared", f"-Wl,--version-script={exports}", "-Wl,-z,noexecstack", "-s")
-            objects = (_SHIM, work / "kernels.o")
-            output = ("-o", work / "library.so")
-            run([*compiler, *_CFLAGS, f"-I{work}", *linking, *objects, *output])
+            source = cuda_source(ordered, columns or {})
+            (work / "kernels.cu").write_text(source, encoding="utf-8")
+            nvcc.compile(work / "kernels.cu", cuda_includes(), work / "cuda.o")
+        tell(f"linking {path.name}")
+        _link(compiler, nvcc, work)
         # Beside its destination first: a rename is atomic only within one file system.
         fresh = path.with_name(f".{path.name}.{os.getpid()}")
         shutil.copyfile(work / "library.so", fresh)
@@ -131,6 +121,21 @@ def build_library(
         libraries=needs.libraries,
         cuda=nvcc.cuda if nvcc else None,
     )
+
+
+def _link(compiler: Sequence[str], nvcc: Nvcc | None, work: Path) -> None:
+    """library.so of the objects in `work`, by nvcc if it is to hold the CUDA runtime."""
+    exports, output = work / "exports.map", work / "library.so"
+    options = [*compiler, *_CFLAGS, f"-I{work}"]
+    if nvcc is None:
+        linking = ("-shared", f"-Wl,--version-script={exports}", "-Wl,-z,noexecstack", "-s")
+        run([*options, *linking, _SHIM, work / "kernels.o", "-o", output])
+        return
+    objects = [work / "kernels.o", work / "cuda.o"]
+    for shim in (_SHIM, _FFI_SHIM):
+        objects.append(work / f"{shim.stem}.o")
+        run([*options, "-c", shim, "-o", objects[-1]])
+    nvcc.link(objects, exports, output)
 
 
 def compile_module(specs: Sequence[OpSpec], target: Target) -> Any:

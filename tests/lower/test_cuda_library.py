@@ -9,13 +9,18 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import onnx
+import onnx_ir as ir
 import pytest
 
+import fusenorm
+from fusenorm.artifact import open_artifact
 from fusenorm.errors import BadInput, FusenormError
 from fusenorm.lower import LibraryInfo, Target, build_library
 from fusenorm.lower.elf import read_needs
 from fusenorm.lower.nvcc import ARCHS, PTX, Nvcc
 from fusenorm.ops import Gated, Linear, Norm
+from fusenorm.pipeline import row_lengths
 from tests.lower.test_onnxruntime import model, same, session, values
 
 SPECS = (Norm(skip=True), Gated("swish", "pair"))
@@ -137,3 +142,36 @@ def test_a_failing_compiler_is_quoted(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setenv("FUSENORM_NVCC", str(tmp_path / "absent"))
     with pytest.raises(BadInput, match="cannot be run"):
         Nvcc.find()
+
+
+@pytest.mark.kernel
+def test_a_bf16_model_is_compiled_for_gpus_alone(built: LibraryInfo, tmp_path: Path) -> None:
+    """onnxruntime's CPU provider cannot run it: there is no recorded run."""
+    spec = Norm(skip=True, dtype="bf16", scale="bf16")
+    proto = onnx.load_from_string(model(spec))
+    for tensor in (*proto.graph.input, *proto.graph.output):
+        sizes = ("rows", 72) if tensor.name != "scale" else (72,)
+        for size in sizes:
+            dim = tensor.type.tensor_type.shape.dim.add()
+            setattr(dim, "dim_param" if isinstance(size, str) else "dim_value", size)
+    assert row_lengths(ir.from_proto(proto)) == {spec: {72}}
+    stored = open_artifact(fusenorm.compile(proto, target="cuda").save(tmp_path / "a.fnorm"))
+    (library,) = stored.libraries
+    assert library.variant == f"{Target.host()}-cuda"
+    assert library.cuda == built.cuda
+    assert stored.golden() is None
+    with pytest.raises(BadInput, match="bf16|bfloat16"):
+        fusenorm.compile(proto, target="cpu")
+    shown = read_needs(library.path).defined
+    assert "__tvm_ffi_fusenorm_cuda_SkipRMSNorm_bf16" in shown
+
+
+@pytest.mark.kernel
+def test_products_are_left_to_onnxruntime(built: LibraryInfo, llama: Path) -> None:
+    artifact = fusenorm.compile(llama, target="cpu,cuda", tune=False)
+    assert [library.variant for library in artifact.libraries] == [
+        str(Target.host()),
+        f"{Target.host()}-cuda",
+    ]
+    assert artifact.report["regions"] == []
+    assert not any("Linear" in name for name in artifact.libraries[0].op_types)

@@ -60,3 +60,10 @@ def test_several_targets_come_the_most_demanding_first() -> None:
     found = Target.parse_all(["x86-64-v2, x86-64-v4", "x86-64-v3", "x86-64-v2"])
     assert [target.level for target in found] == ["x86-64-v4", "x86-64-v3", "x86-64-v2"]
     assert Target.parse_all("cpu") == [Target.host()]
+
+
+def test_cuda_stands_on_this_machines_level() -> None:
+    target = Target.parse("cuda")
+    assert (target.kind, target.level) == ("cuda", Target.host().level)
+    assert Target.parse_all("cuda,cpu,cuda") == [Target.host(), target]
+    assert str(target) == f"{Target.host()}-cuda"

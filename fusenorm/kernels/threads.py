@@ -32,7 +32,10 @@ WARP = 32
 BLOCK = 128  # threads of a block that holds several rows
 STREAM = 512  # threads of a block that reads its row again
 FLAT = 256  # threads of a block without rows
-MOST_THREADS = 1024
+WIDE = 512  # threads of a row at most, so that a multiprocessor has two blocks at work
+MOST_THREADS = 1024  # where a row needs them
+KEPT = 24  # columns a thread keeps, as a rule
+MOST_CHUNKS = 4  # groups a thread keeps
 BUSY = 1024  # threads a multiprocessor holds at least, with 64 registers each
 
 
@@ -100,9 +103,11 @@ class Tiling:
         """None: the row does not fit into the registers of one block."""
         vector = math.gcd(columns, widest(program))
         groups = columns // vector
-        most, chunks = (MOST_THREADS, 4) if program.levels else (256, 2)
+        most, chunks = (WIDE, min(MOST_CHUNKS, KEPT // vector)) if program.levels else (FLAT, 2)
         threads = min(most, _power_of_two(groups / chunks))
         if program.levels:
+            if groups > MOST_CHUNKS * threads:
+                threads = MOST_THREADS
             chunks, parts = math.ceil(groups / threads), 1
             if chunks * vector * threads > fits(program):
                 return None

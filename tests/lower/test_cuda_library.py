@@ -159,7 +159,7 @@ def test_a_bf16_model_is_compiled_for_gpus_alone(built: LibraryInfo, tmp_path: P
     assert library.variant == f"{Target.host()}-cuda"
     assert library.cuda == built.cuda
     assert stored.golden() is None
-    with pytest.raises(BadInput, match=r"bf16|bfloat16"):
+    with pytest.raises(BadInput, match="onnxruntime cannot load it"):
         fusenorm.compile(proto, target="cpu")
     shown = read_needs(library.path).defined
     assert "__tvm_ffi_fusenorm_cuda_SkipRMSNorm_bf16" in shown

@@ -57,6 +57,13 @@ deploy = typer.Typer(help="Write what an inference server loads.", no_args_is_he
 app.add_typer(deploy, name="deploy")
 
 Model = Annotated[Path, typer.Argument(metavar="MODEL.onnx", help="The model.")]
+Models = Annotated[
+    list[Path], typer.Argument(metavar="MODEL.onnx", help="The model; with --ray any number.")
+]
+Ray = Annotated[
+    str | None,
+    typer.Option(metavar="ADDRESS", help="Compile on this Ray cluster; -o names a folder."),
+]
 Folder = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="A folder made by optimize.")]
 Output = Annotated[Path | None, typer.Option("-o", "--output", help="Where to write.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
@@ -145,7 +152,7 @@ def _root(
 
 @_command
 def optimize(
-    model: Model,
+    models: Models,
     output: Output = None,
     target: Targets = None,
     emit: Annotated[
@@ -157,12 +164,21 @@ def optimize(
     inputs: Inputs = None,
     dim: Dims = None,
     threads: Threads = None,
+    ray: Ray = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """Fuse, check, compile and save a model; report every site and the latency."""
     from fusenorm import pipeline
 
+    if ray is not None:
+        if emit != "artifact" or limit is not None or inputs is not None or dim:
+            raise BadInput("--ray makes artifacts: leave --emit, --limit, --inputs, --dim out")
+        _optimize_all(models, target or ["cpu"], output or Path(), ray, not no_tune, as_json)
+        return
+    if len(models) > 1:
+        raise BadInput("give one model, or --ray ADDRESS for many")
+    (model,) = models
     if emit not in ("artifact", "onnx"):
         raise BadInput(f"--emit is '{emit}': give artifact or onnx")
     dims = _dims(dim)
@@ -526,6 +542,34 @@ class _Check:
             print_comparison(self.comparison)
         else:
             out().print(f"not compared with its source: {self.reason}", soft_wrap=True)
+
+
+def _optimize_all(
+    models: Sequence[Path],
+    targets: Sequence[str],
+    folder: Path,
+    address: str,
+    tune: bool,
+    as_json: bool,
+) -> None:
+    """Report every model and target; what failed decides the exit code when all are done."""
+    from fusenorm.fleet import optimize_all
+
+    wanted = [one for text in targets for one in text.split(",")]
+    outcomes = []
+    for outcome in optimize_all(models, wanted, folder, address=address, tune=tune):
+        outcomes.append(outcome)
+        if outcome.error is not None:
+            _say(str(outcome.error))
+        elif not as_json:
+            out().print(f"saved {outcome.output}", soft_wrap=True)
+    if as_json:
+        print_json([outcome.as_dict() for outcome in outcomes])
+    failed = [outcome.error for outcome in outcomes if outcome.error is not None]
+    if failed:
+        bad = any(isinstance(error, BadInput) for error in failed)
+        text = f"{len(failed)} of {len(outcomes)} failed"
+        raise BadInput(text) if bad else CheckFailed(text)
 
 
 def _save_checked(result: Result, destination: Path, check: _Check) -> None:

@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "fusenorm.runtime": ("errors", "signature", "artifact", "difference"),
     "fusenorm.runtime.direct": ("errors", "ops", "kernels", "lower", "artifact", "signature"),
     "fusenorm.olive": ("pipeline",),
-    "fusenorm.serving": ("errors", "signature", "artifact", "runtime"),
+    "fusenorm.serving": ("errors", "signature", "difference", "artifact", "runtime"),
 }
 # module prefix -> packages from outside it must not import at all
 MUST_NOT_IMPORT = {

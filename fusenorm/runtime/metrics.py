@@ -16,7 +16,8 @@ import dataclasses
 import itertools
 import math
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
 
 # Upper bounds in seconds, in steps as Prometheus' clients have them.
 BUCKETS = (
@@ -41,6 +42,22 @@ class Start:
     seconds: float
 
 
+class Sample(NamedTuple):
+    """One figure of a family: what follows the family's name, labels, value."""
+
+    suffix: str
+    labels: Mapping[str, str]
+    value: float
+
+
+class Family(NamedTuple):
+    """Figures of one kind: counter, gauge or histogram."""
+
+    name: str
+    kind: str
+    samples: list[Sample]
+
+
 @dataclasses.dataclass(frozen=True)
 class Snapshot:
     """The figures at one moment; all but `start` only grow.
@@ -61,31 +78,36 @@ class Snapshot:
     seconds: float
     buckets: Mapping[float, int]
 
+    def families(self) -> Iterator[Family]:
+        """As Prometheus has them, for whatever registry a server keeps."""
+        held = {"variant": self.start.variant or "none"}
+        for name, kind, value in (
+            ("fusenorm_rows_total", "counter", self.rows),
+            ("fusenorm_errors_total", "counter", self.errors),
+            ("fusenorm_fallback", "gauge", int(self.start.fallback)),
+            ("fusenorm_load_seconds", "gauge", self.start.seconds),
+        ):
+            yield Family(name, kind, [Sample("", held, value)])
+        buckets = [
+            Sample("_bucket", {**held, "le": "+Inf" if math.isinf(bound) else str(bound)}, count)
+            for bound, count in self.buckets.items()
+        ]
+        sums = [Sample("_sum", held, self.seconds), Sample("_count", held, self.runs)]
+        yield Family("fusenorm_run_seconds", "histogram", buckets + sums)
+
     def prometheus(self, **labels: str) -> str:
         """In Prometheus' text format.
 
         Args:
             labels: put on every line, such as the model's name and version.
         """
-        held = {**labels, "variant": self.start.variant or "none"}
-
-        def line(name: str, value: float, **more: str) -> str:
-            text = ",".join(f'{key}="{_escaped(text)}"' for key, text in {**held, **more}.items())
-            return f"fusenorm_{name}{{{text}}} {value}\n"
-
         lines = []
-        for name, kind, value in (
-            ("rows_total", "counter", self.rows),
-            ("errors_total", "counter", self.errors),
-            ("fallback", "gauge", int(self.start.fallback)),
-            ("load_seconds", "gauge", self.start.seconds),
-        ):
-            lines += [f"# TYPE fusenorm_{name} {kind}\n", line(name, value)]
-        lines.append("# TYPE fusenorm_run_seconds histogram\n")
-        for bound, count in self.buckets.items():
-            limit = "+Inf" if math.isinf(bound) else str(bound)
-            lines.append(line("run_seconds_bucket", count, le=limit))
-        lines += [line("run_seconds_sum", self.seconds), line("run_seconds_count", self.runs)]
+        for family in self.families():
+            lines.append(f"# TYPE {family.name} {family.kind}\n")
+            for sample in family.samples:
+                held = {**labels, **sample.labels}.items()
+                text = ",".join(f'{key}="{_escaped(text)}"' for key, text in held)
+                lines.append(f"{family.name}{sample.suffix}{{{text}}} {sample.value}\n")
         return "".join(lines)
 
 

@@ -1,1 +1,1 @@
-"""An artifact behind an inference server: what each loads, and what it is configured with."""
+"""An artifact behind an inference server: what each server loads and how it is configured."""

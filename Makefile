@@ -3,7 +3,7 @@
 # make test-cuda-build  every CUDA kernel compiled, inspected and run on the CPU (an hour)
 # make lint    ruff and mypy
 # make test-olive  the Olive pass, in an environment of its own
-# make test-serving  inference servers, each in an environment of its own
+# make test-serving  the adapters on real servers, each in an environment of its own
 # make bench   whole models against onnxruntime, OpenVINO and torch.compile (an hour)
 # make clean   remove what these made
 
@@ -29,7 +29,13 @@ test-cuda-build: .venv-cuda/.done
 test-olive: .venv-olive/.done
 	.venv-olive/bin/python -m pytest tests/test_olive.py
 
-test-serving: .venv-mlflow/.done
+SERVERS := build/triton/.done .venv-triton/.done .venv-mlserver/.done .venv-kserve/.done
+
+# A server that cannot be had is skipped, which its tests say.
+test-serving: .venv-client/.done .venv-mlflow/.done
+	-$(MAKE) --keep-going $(SERVERS) .venv-ray/.done
+	.venv-client/bin/python -m pytest -m serving tests/serving/test_triton.py tests/serving/test_mlserver.py tests/serving/test_kserve.py
+	if test -e .venv-ray/.done; then .venv-ray/bin/python -m pytest -m serving tests/serving/test_ray.py; else echo "skipped: Ray could not be installed"; fi
 	.venv-mlflow/bin/python -m pytest -m serving tests/serving/test_mlflow.py
 
 lint: $(VENV)/.test
@@ -41,7 +47,7 @@ bench: .venv-bench/.done
 	.venv-bench/bin/python -m tests.bench --plot build/bench/table.svg
 
 clean:
-	rm -rf $(VENV) .venv-olive .venv-mlflow .venv-bench build dist fusenorm.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .venv-cuda
+	rm -rf $(VENV) .venv-* build dist fusenorm.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(VENV)/.core: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -71,4 +77,42 @@ $(VENV)/.test: $(VENV)/.core
 .venv-bench/.done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-bench
 	.venv-bench/bin/python -m pip install --quiet -c constraints.txt -e ".[torch,bench]"
+	touch $@
+
+SERVING := -m pip install --quiet -c constraints-serving.txt
+
+# The tests and tritonclient; the other environments hold one server each.
+.venv-client/.done: pyproject.toml constraints-serving.txt
+	$(PYTHON) -m venv .venv-client
+	.venv-client/bin/python $(SERVING) -e . pytest "tritonclient[grpc,http]"
+	touch $@
+
+# What the Python of a Triton server needs.
+.venv-triton/.done: constraints-serving.txt
+	$(PYTHON) -m venv .venv-triton
+	.venv-triton/bin/python $(SERVING) onnxruntime
+	touch $@
+
+.venv-mlserver/.done .venv-kserve/.done: .venv-%/.done: constraints-serving.txt
+	$(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python $(SERVING) $* onnxruntime
+	.venv-$*/bin/python $(SERVING) --no-deps -e .
+	touch $@
+
+.venv-ray/.done: pyproject.toml constraints-serving.txt
+	$(PYTHON) -m venv .venv-ray
+	.venv-ray/bin/python $(SERVING) -e ".[ray]" pytest
+	touch $@
+
+# The server out of NVIDIA's wheel, unpacked and not installed, with the stub for this Python; and
+# perf_analyzer out of an older client's, with the two libraries it lacks.
+build/triton/.done: constraints-serving.txt
+	rm -rf build/triton build/wheels
+	$(PYTHON) -m pip download --quiet --no-deps --dest build/wheels nvidia-pytriton==0.7.0
+	$(PYTHON) -m pip download --quiet --no-deps --dest build/wheels tritonclient==2.49.0
+	$(PYTHON) -m zipfile -e build/wheels/nvidia_pytriton-*.whl build/triton
+	$(PYTHON) -m zipfile -e build/wheels/tritonclient-*.whl build/triton/perf
+	cd build/triton/pytriton/tritonserver && cp python_backend_stubs/3.11/triton_python_backend_stub backends/python/ && chmod +x bin/tritonserver backends/python/triton_python_backend_stub
+	cd build/triton/perf/tritonclient-*.data/data/bin && chmod +x perf_analyzer && cp perf_analyzer ../../../
+	cd build/triton/perf && cp ../nvidia_pytriton.libs/libb64-*.so.0d libb64.so.0d && cp ../nvidia_pytriton.libs/libcudart-*.so.12* libcudart.so.12
 	touch $@

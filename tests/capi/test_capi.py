@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import onnx
@@ -13,8 +14,10 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper
 
+import fusenorm
 from fusenorm.lower import Target, build_library
 from fusenorm.ops import DOMAIN, Norm
+from fusenorm.serving import triton
 
 pytestmark = pytest.mark.kernel
 
@@ -43,36 +46,63 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_a_c_program_runs_the_fused_model(program: Path, tmp_path: Path) -> None:
-    spec = Norm(skip=True)
-    build_library([spec], Target.host(), tmp_path / "ops.so")
-    inputs = [slot.name for slot in spec.inputs]
-    node = helper.make_node(spec.op_type, inputs, ["y", ""], domain=DOMAIN, epsilon=1e-5)
+SPEC = Norm(skip=True)
+SHAPES = {"x": (5, 100), "skip": (5, 100), "scale": (100,)}
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """y = SkipRMSNorm(x, skip, scale) over rows of any number."""
+    node = helper.make_node(SPEC.op_type, list(SHAPES), ["y", "sum"], domain=DOMAIN, epsilon=1e-5)
+    rows = ["rows", "columns"]
+    shapes = {"x": rows, "skip": rows, "scale": ["columns"]}
     graph = helper.make_graph(
         [node],
         "graph",
-        [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in inputs],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, shapes[name]) for name in shapes],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, rows)],
     )
     proto = helper.make_model(
         graph,
-        functions=[spec.function(18)],
+        functions=[SPEC.function(18)],
         opset_imports=[helper.make_opsetid("", 18), helper.make_opsetid(DOMAIN, 1)],
         ir_version=10,
     )
     onnx.save(proto, tmp_path / "model.onnx")
+    return tmp_path / "model.onnx"
+
+
+def check(program: Path, library: Path, model: Path) -> None:
+    """Run the program on random inputs and compare with numpy."""
     random = np.random.default_rng(0)
-    shapes = {"x": (5, 100), "skip": (5, 100), "scale": (100,)}
     values = {
-        name: random.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()
+        name: random.standard_normal(shape).astype(np.float32) for name, shape in SHAPES.items()
     }
     done = subprocess.run(
-        [program, tmp_path / "ops.so", tmp_path / "model.onnx", "5", "100"],
+        [program, library, model, "5", "100"],
         input=b"".join(array.tobytes() for array in values.values()),
         capture_output=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr.decode()
     y = np.frombuffer(done.stdout, np.float32).reshape(5, 100)
-    expected, _ = spec.reference(values, {"epsilon": 1e-5})
+    expected, _ = SPEC.reference(values, {"epsilon": 1e-5})
     assert np.abs(y - expected).max() <= 2e-6
+
+
+def test_a_c_program_runs_the_fused_model(program: Path, model: Path, tmp_path: Path) -> None:
+    build_library([SPEC], Target.host(), tmp_path / "ops.so")
+    check(program, tmp_path / "ops.so", model)
+
+
+def test_what_triton_s_onnxruntime_backend_would_load(
+    program: Path, model: Path, tmp_path: Path
+) -> None:
+    """That backend is not to be had; it registers the config's library and loads model.onnx."""
+    artifact = fusenorm.compile(model, dims={"rows": 5, "columns": 100})
+    folder = artifact.save(tmp_path / "a.fnorm")
+    repo = tmp_path / "models"
+    triton.deploy_onnxruntime(folder, repo, PurePosixPath(repo), name="m", version=2)
+    config = (repo / "m" / "config.pbtxt").read_text()
+    (library,) = re.findall(r'op_library_filename: "(.*)"', config)
+    check(program, Path(library), repo / "m" / "2" / "model.onnx")

@@ -79,7 +79,8 @@ $(VENV)/.test: $(VENV)/.core
 	.venv-bench/bin/python -m pip install --quiet -c constraints.txt -e ".[torch,bench]"
 	touch $@
 
-SERVING := -m pip install --quiet -c constraints-serving.txt
+SERVING = -m pip install --quiet -c $(CONSTRAINTS)
+CONSTRAINTS := constraints-serving.txt
 
 # The tests and tritonclient; the other environments hold one server each.
 .venv-client/.done: pyproject.toml constraints-serving.txt
@@ -93,7 +94,8 @@ SERVING := -m pip install --quiet -c constraints-serving.txt
 	.venv-triton/bin/python $(SERVING) onnxruntime
 	touch $@
 
-.venv-mlserver/.done .venv-kserve/.done: .venv-%/.done: constraints-serving.txt
+.venv-mlserver/.done: CONSTRAINTS := constraints-mlserver.txt
+.venv-mlserver/.done .venv-kserve/.done: .venv-%/.done: constraints-serving.txt constraints-mlserver.txt
 	$(PYTHON) -m venv .venv-$*
 	.venv-$*/bin/python $(SERVING) $* onnxruntime
 	.venv-$*/bin/python $(SERVING) --no-deps -e .

@@ -101,7 +101,8 @@ CONSTRAINTS := constraints-serving.txt
 	.venv-$*/bin/python $(SERVING) --no-deps -e .
 	touch $@
 
-.venv-ray/.done: pyproject.toml constraints-serving.txt
+.venv-ray/.done: CONSTRAINTS := constraints-ray.txt
+.venv-ray/.done: pyproject.toml constraints-ray.txt
 	$(PYTHON) -m venv .venv-ray
 	.venv-ray/bin/python $(SERVING) -e ".[ray]" pytest
 	touch $@

@@ -174,7 +174,10 @@ def optimize(
     if ray is not None:
         if emit != "artifact" or limit is not None or inputs is not None or dim:
             raise BadInput("--ray makes artifacts: leave --emit, --limit, --inputs, --dim out")
-        _optimize_all(models, target or ["cpu"], output or Path(), ray, not no_tune, as_json)
+        from fusenorm.fleet import optimize_and_report
+
+        wanted = ",".join(target or ["cpu"]).split(",")
+        optimize_and_report(models, wanted, output or Path(), ray, not no_tune, as_json)
         return
     if len(models) > 1:
         raise BadInput("give one model, or --ray ADDRESS for many")
@@ -542,34 +545,6 @@ class _Check:
             print_comparison(self.comparison)
         else:
             out().print(f"not compared with its source: {self.reason}", soft_wrap=True)
-
-
-def _optimize_all(
-    models: Sequence[Path],
-    targets: Sequence[str],
-    folder: Path,
-    address: str,
-    tune: bool,
-    as_json: bool,
-) -> None:
-    """Report every model and target; what failed decides the exit code when all are done."""
-    from fusenorm.fleet import optimize_all
-
-    wanted = [one for text in targets for one in text.split(",")]
-    outcomes = []
-    for outcome in optimize_all(models, wanted, folder, address=address, tune=tune):
-        outcomes.append(outcome)
-        if outcome.error is not None:
-            _say(str(outcome.error))
-        elif not as_json:
-            out().print(f"saved {outcome.output}", soft_wrap=True)
-    if as_json:
-        print_json([outcome.as_dict() for outcome in outcomes])
-    failed = [outcome.error for outcome in outcomes if outcome.error is not None]
-    if failed:
-        bad = any(isinstance(error, BadInput) for error in failed)
-        text = f"{len(failed)} of {len(outcomes)} failed"
-        raise BadInput(text) if bad else CheckFailed(text)
 
 
 def _save_checked(result: Result, destination: Path, check: _Check) -> None:

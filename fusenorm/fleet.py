@@ -17,6 +17,7 @@ from fusenorm.artifact import MANIFEST, open_artifact
 from fusenorm.artifact.external import external_locations
 from fusenorm.artifact.place import fresh_folder
 from fusenorm.errors import BadInput, CheckFailed, FusenormError
+from fusenorm.printing import errors, out, print_json
 
 Files = dict[str, bytes]  # by path relative to a folder
 
@@ -90,6 +91,36 @@ def optimize_all(
             yield _collect(done, model, target, folder / f"{model.stem}{several}.fnorm")
     finally:
         ray.shutdown()
+
+
+def optimize_and_report(
+    models: Sequence[Path],
+    targets: Sequence[str],
+    folder: Path,
+    address: str,
+    tune: bool,
+    as_json: bool,
+) -> None:
+    """`optimize_all` for the command line: what fails is reported, the others are made.
+
+    Raises:
+        BadInput: some could not be made.
+        CheckFailed: some are not equal to their source.
+    """
+    outcomes = []
+    for outcome in optimize_all(models, targets, folder, address=address, tune=tune):
+        outcomes.append(outcome)
+        if outcome.error is not None:
+            errors().print(f"error: {outcome.error}", soft_wrap=True)
+        elif not as_json:
+            out().print(f"saved {outcome.output}", soft_wrap=True)
+    if as_json:
+        print_json([outcome.as_dict() for outcome in outcomes])
+    failed = [outcome.error for outcome in outcomes if outcome.error is not None]
+    if failed:
+        bad = any(isinstance(error, BadInput) for error in failed)
+        text = f"{len(failed)} of {len(outcomes)} failed"
+        raise BadInput(text) if bad else CheckFailed(text)
 
 
 def _collect(task: ray.ObjectRef, model: Path, target: str, output: Path) -> Outcome:

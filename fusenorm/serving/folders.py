@@ -26,18 +26,31 @@ def plain_name(name: str) -> str:
     return name
 
 
-def entry(repo: Path, name: str) -> Path:
-    """The folder of a model in a repository; made if it is missing.
+def write_model(stored: Stored, repo: Path, name: str, version: int, file: str, text: str) -> Path:
+    """Write a model of a repository: its version's folder first, then the file that names it.
+
+    Args:
+        stored: copied to REPO/NAME/VERSION.
+        repo: the repository.
+        name: the model's folder there, a plain name.
+        version: an existing one is replaced in one step.
+        file: name of the config.
+        text: its content.
+
+    Returns:
+        REPO/NAME.
 
     Raises:
-        BadInput: the name is no plain name.
+        BadInput: the artifact changed meanwhile, or something else is in its place.
     """
-    folder = repo / plain_name(name)
+    folder = repo / name
     folder.mkdir(parents=True, exist_ok=True)
+    _install(stored, folder / str(version))
+    write_text(folder / file, text)
     return folder
 
 
-def install(stored: Stored, target: Path) -> None:
+def _install(stored: Stored, target: Path) -> None:
     """Copy an artifact; the copy is checked before it takes the place of an older one.
 
     Raises:

@@ -15,7 +15,7 @@ import json
 from pathlib import Path
 
 from fusenorm.errors import BadInput
-from fusenorm.serving.folders import entry, install, plain_name, write_text
+from fusenorm.serving.folders import plain_name, write_model, write_text
 from fusenorm.serving.model import Served
 from fusenorm.serving.protocol import metadata
 
@@ -64,9 +64,8 @@ def deploy(
         "outputs": outputs,
         "parameters": {"uri": f"./{version}", "extra": {"max_batch_size": rows}},
     }
-    folder = entry(repo, name)
-    install(stored, folder / str(version))
-    write_text(folder / MODEL_SETTINGS, json.dumps(settings, indent=2) + "\n")
+    text = json.dumps(settings, indent=2) + "\n"
+    folder = write_model(stored, repo, name, version, MODEL_SETTINGS, text)
     if not (repo / SETTINGS).exists():
         # The batches are made here: in one process, by one runtime.
         write_text(repo / SETTINGS, json.dumps({"parallel_workers": 0}, indent=2) + "\n")

@@ -21,12 +21,13 @@ from fusenorm.artifact import Library, Stored
 from fusenorm.artifact.place import fresh_folder
 from fusenorm.errors import BadInput
 from fusenorm.runtime.host import Host, choose
-from fusenorm.serving.folders import entry, install, plain_name, write_text
+from fusenorm.serving.folders import plain_name, write_model
 from fusenorm.serving.model import Served
 from fusenorm.serving.protocol import datatype, dims
 from fusenorm.signature import Tensor
 
 BACKEND = "fusenorm"
+CONFIG = "config.pbtxt"
 # The part of this package that runs in the server: it needs onnxruntime and nothing else.
 BUNDLED = (
     *("__init__.py", "errors.py", "signature.py", "difference.py"),
@@ -116,11 +117,8 @@ def deploy(
     served = Served(artifact)
     rows = served.batch_size(max_batch_size)
     name = plain_name(name or served.stored.name)
-    text = str(Config(name, BACKEND, *_ports(served.stored), rows, metrics=metrics))
-    folder = entry(repo, name)
-    install(served.stored, folder / str(version))
-    write_text(folder / "config.pbtxt", text)
-    return folder
+    config = Config(name, BACKEND, *_ports(served.stored), rows, metrics=metrics)
+    return write_model(served.stored, repo, name, version, CONFIG, str(config))
 
 
 def deploy_onnxruntime(
@@ -156,10 +154,7 @@ def deploy_onnxruntime(
     rows = served.batch_size(max_batch_size)
     name = plain_name(name or served.stored.name)
     text = onnxruntime_config(served.stored, name, version, server_path, variant, rows)
-    folder = entry(repo, name)
-    install(served.stored, folder / str(version))
-    write_text(folder / "config.pbtxt", text)
-    return folder
+    return write_model(served.stored, repo, name, version, CONFIG, text)
 
 
 def onnxruntime_config(

@@ -195,6 +195,23 @@ class MLServer(Server):
         return folder / str(version)
 
 
+class KServe(MLServer):
+    """KServe's Python server over MLServer's repository."""
+
+    python = ROOT / ".venv-kserve" / "bin"
+    needs = (ROOT / ".venv-kserve" / ".done",)
+
+    def command(self) -> list[str]:
+        return [
+            str(self.python / "python"),
+            "-m",
+            "tests.serving.kserve_on_loopback",
+            f"--repo={self.repo}",
+            f"--http_port={self.http_port}",
+            f"--grpc_port={self.grpc_port}",
+        ]
+
+
 class Case:
     """A request and its answer.
 

@@ -16,7 +16,7 @@ import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 
-from fusenorm import __version__
+from fusenorm import __version__, cache
 from fusenorm.bench import OURS, measure
 from fusenorm.ops import DOMAIN, DTYPES, Linear
 from fusenorm.ops.linear import PANEL
@@ -186,8 +186,7 @@ def _machine() -> str:
 
 
 def _file() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base, "fusenorm", "choices.json")
+    return cache.folder() / "choices.json"
 
 
 def _read() -> dict[str, float]:

@@ -18,6 +18,7 @@ import numpy as np
 import tvm_ffi
 
 from fusenorm.errors import BadInput
+from fusenorm.kernels import symbols
 from fusenorm.ops import DTYPES, OpSpec, Slot, parse
 
 _DLPACK_NAMES = {"f16": "float16", "bf16": "bfloat16", "f32": "float32"}
@@ -56,12 +57,19 @@ class Kernels:
         spec = parse(op_type)
         if spec is None:
             raise KeyError(f"no fused op is called {op_type}")
-        names = [f"fusenorm_{op_type}", f"fusenorm_{op_type}__nosum"][: len(spec.outputs)]
-        try:
-            functions = [self._module.get_function(name) for name in names]
-        except (AttributeError, RuntimeError) as error:
-            raise KeyError(f"{self.path.name} has no kernel for {op_type}") from error
+        functions = [self.function(name) for name in symbols(spec)]
         return Op(spec, functions[0], functions[-1])
+
+    def function(self, symbol: str) -> Callable[..., object]:
+        """A kernel as it is, by one of the names `fusenorm.kernels.symbols` gives.
+
+        Raises:
+            KeyError: the library has none of that name.
+        """
+        try:
+            return self._module.get_function(symbol)
+        except (AttributeError, RuntimeError) as error:
+            raise KeyError(f"{self.path.name} has no kernel {symbol}") from error
 
 
 @dataclasses.dataclass(frozen=True)

@@ -78,7 +78,7 @@ def test_read_only_and_torch_inputs(kernels: Kernels) -> None:
         ),
         (lambda k: k["SkipRMSNorm"](V[0], X, V, epsilon=1), TypeError, "'x' is float32"),
         (lambda k: k["GLU_swish_gate_up"](X[..., :7].copy(), beta=1), ValueError, "two halves"),
-        (lambda k: k["RMSNorm"], KeyError, "no kernel for RMSNorm"),
+        (lambda k: k["RMSNorm"], KeyError, "no kernel fusenorm_RMSNorm"),
         (lambda k: k["Nothing"], KeyError, "no fused op is called Nothing"),
     ],
 )

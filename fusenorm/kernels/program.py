@@ -111,6 +111,15 @@ class RowProgram:
         """Whether an output has 16 bits, so that a last bit of f32 can decide a tie."""
         return any(slot.dtype in ("f16", "bf16") for slot in self.outputs)
 
+    @property
+    def roundings(self) -> int:
+        """How often an element is rounded to 16 bits on its way."""
+        made = [(node, self.values[name]) for name, node in self.nodes.items()]
+        return sum(
+            node.rounds and value.kind != "attribute" and value.dtype in ("f16", "bf16")
+            for node, value in made
+        )
+
     def summand(self, name: str) -> bool:
         """Whether an elementwise sum or difference reads the value."""
         sums = [node.inputs for node in self.nodes.values() if node.op in ("Add", "Sub")]

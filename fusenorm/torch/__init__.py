@@ -27,6 +27,7 @@ from fusenorm.torch.ops import (
     swish,
 )
 from fusenorm.torch.reference import reference
+from fusenorm.torch.replace import replace
 
 __all__ = [
     "fallbacks",
@@ -37,6 +38,7 @@ __all__ = [
     "layer_norm",
     "reference",
     "relu2",
+    "replace",
     "rms_norm",
     "skip_layer_norm",
     "skip_rms_norm",

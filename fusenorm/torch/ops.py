@@ -194,6 +194,14 @@ class _TorchOp:
         return tuple(next(made) if need else None for need in ctx.needs_input_grad)
 
 
+_OPS: dict[torch._ops.OpOverload, _TorchOp] = {}
+
+
+def plan(op: torch._ops.OpOverload, *args: Any, **kwargs: Any) -> Call:
+    """The fused op that a call of one of the torch ops below means."""
+    return _OPS[op].call(*args, **kwargs)
+
+
 def define(base: OpSpec, schema: str) -> torch._ops.OpOverload:
     """Register a torch op that computes `base` with what a call adds to it.
 
@@ -210,7 +218,9 @@ def define(base: OpSpec, schema: str) -> torch._ops.OpOverload:
     torch.library.register_autograd(
         qualified, op.backward, setup_context=op.save, lib=_LIBRARY
     )
-    return getattr(torch.ops.fusenorm, name).default
+    overload = getattr(torch.ops.fusenorm, name).default
+    _OPS[overload] = op
+    return overload
 
 
 rms_norm = define(

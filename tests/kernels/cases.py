@@ -11,8 +11,8 @@ import numpy as np
 import onnx
 import torch
 
-from fusenorm.kernels import RowProgram, row_program, supports
-from fusenorm.ops import DTYPES, FAMILIES, DType, OpSpec
+from fusenorm.kernels import row_program, supports
+from fusenorm.ops import DTYPES, FAMILIES, OpSpec
 
 ATTRIBUTES = {"epsilon": 1e-5, "alpha": 1.7, "beta": 0.8, "floor": -1.5, "limit": 0.75}
 FILLS = ("normal", "large mean", "constant", "largest", "nan")
@@ -157,20 +157,6 @@ def f32_bound(spec: OpSpec, values: dict[str, np.ndarray], reference: np.ndarray
     return 4 * np.finfo(np.float32).eps * spread * scale
 
 
-def rounding_points(spec: OpSpec) -> int:
-    """How often the body rounds to 16 bits."""
-    program: RowProgram = row_program(spec)
-    return sum(
-        node.rounds and program.values[name].kind != "attribute" and _narrow(program, name)
-        for name, node in program.nodes.items()
-    )
-
-
-def _narrow(program: RowProgram, name: str) -> bool:
-    narrow: tuple[DType, ...] = ("f16", "bf16")
-    return program.values[name].dtype in narrow
-
-
 def ulps(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Distance in representable 16-bit numbers; 0 where both are NaN."""
     ordered = []
@@ -222,4 +208,4 @@ def check_16(
                     np.abs(graph.astype(np.float64)) + 1.5
                 )
             close = error <= np.broadcast_to(slack, error.shape)
-        assert ((distance <= rounding_points(spec)) | close).all(), int(distance.max())
+        assert ((distance <= row_program(spec).roundings) | close).all(), int(distance.max())

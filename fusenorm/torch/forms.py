@@ -7,6 +7,7 @@ and the form whose function body gives the same numbers, rounding by rounding, i
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import itertools
 from collections.abc import Iterator
 from typing import Any, ClassVar, Literal, TypeAlias
@@ -144,6 +145,8 @@ def find_form(module: nn.Module, dtype: torch.dtype) -> Form | None:
     Raises:
         Refused: it is built like one, but is none of the forms, or its op has no kernel.
     """
+    if not _takes_one_tensor(module):
+        return None
     linears = _linears(module)
     if linears:
         return _gated_form(module, *linears, dtype)
@@ -163,6 +166,14 @@ def _prove(bound: Bound, wanted: torch.Tensor) -> None:
     flaw = difference(call, wanted, bound.run())
     if flaw:
         raise Refused("check_failed", f"{call.spec.op_type} differs from the module: {flaw}")
+
+
+def _takes_one_tensor(module: nn.Module) -> bool:
+    try:
+        inspect.signature(module.forward).bind(None)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def _like_a_norm(module: nn.Module) -> bool:

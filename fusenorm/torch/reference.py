@@ -46,11 +46,13 @@ def reference(
         inputs: for each of spec.inputs, in its type: rows [..., D], packed [..., 2D], vectors [D].
         attributes: for each of spec.attributes.
     """
-    evaluation = _Evaluation(row_program(spec), inputs, attributes)
+    evaluation = Evaluation(row_program(spec), inputs, attributes)
     return tuple(evaluation.value(slot.name) for slot in spec.outputs)
 
 
-class _Evaluation:
+class Evaluation:
+    """The values of a function body by name, computed when asked for."""
+
     def __init__(
         self, program: RowProgram, inputs: Sequence[torch.Tensor], attributes: Sequence[float]
     ) -> None:

@@ -135,6 +135,7 @@ class Bound:
         return ops.plan(self.op, *self.args, **self.kwargs)
 
 
+@torch.no_grad()
 def find_form(module: nn.Module, dtype: torch.dtype) -> Form | None:
     """The proved form of a module, None if it is neither built like a norm nor like a gated unit.
 
@@ -237,8 +238,7 @@ def _output(module: nn.Module, parameters: dict[str, Any], x: torch.Tensor) -> t
         Refused: it does not take one tensor, or makes none of its shape and type.
     """
     try:
-        with torch.no_grad():
-            y = torch.func.functional_call(module, parameters, (x,))
+        y = torch.func.functional_call(module, parameters, (x,))
     except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
         raise Refused("structure", f"cannot be called with one tensor: {error}") from error
     if not isinstance(y, torch.Tensor) or y.shape != x.shape or y.dtype != x.dtype:
@@ -341,8 +341,7 @@ def _observe(
     training = [child for child in module.modules() if child.training]
     module.eval()
     try:
-        with torch.no_grad():
-            y = module(x)
+        y = module(x)
     except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
         raise Refused("structure", f"cannot be called with one tensor: {error}") from error
     finally:

@@ -29,6 +29,7 @@ def rows(shape: tuple[int, int], like: torch.Tensor, seed: int = 0) -> torch.Ten
     return torch.from_numpy(made).to(like.device, like.dtype)
 
 
+@torch.no_grad()
 def difference(call: Call, wanted: torch.Tensor, got: torch.Tensor) -> str | None:
     """What separates two results of a call of one output, None if they agree."""
     for a in (wanted, got):

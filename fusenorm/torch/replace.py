@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import types
+import functools
 from typing import Any, Literal
 
 import torch
@@ -119,7 +119,7 @@ def _replace(name: str, module: nn.Module, dtype: torch.dtype) -> Site | None:
     except Refused as refusal:
         return Site(name, kind, "refused", None, refusal.reason, refusal.message)
     setattr(module, _FORM, form)
-    module.forward = types.MethodType(_forward, module)
+    module.forward = functools.partial(_forward, module)
     return Site(name, kind, "fused", form.op)
 
 

@@ -154,7 +154,8 @@ class _TorchOp:
 
     def call(self, *args: Any, **kwargs: Any) -> Call:
         """What the arguments of a call mean."""
-        given = {**self.defaults, **dict(zip(self.names, args, strict=False)), **kwargs}
+        named = {_SLOTS.get(name, name): value for name, value in kwargs.items()}
+        given = {**self.defaults, **dict(zip(self.names, args, strict=False)), **named}
         spec = _spec(self.base, tuple(self.fields(given).items()))
         for name in spec.attributes:
             if given[name] is None:

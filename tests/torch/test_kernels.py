@@ -1,0 +1,143 @@
+"""Where kernels come from: artifacts, the cache, a build, or nowhere."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import fusenorm.torch
+from fusenorm import cache
+from fusenorm.artifact import Artifact, Library
+from fusenorm.errors import BadInput
+from fusenorm.lower import Target, build_library
+from fusenorm.ops import Gated, Norm
+from fusenorm.torch import kernels
+
+X, W = torch.randn(3, 32), torch.rand(32)
+
+
+@pytest.fixture(autouse=True)
+def forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing found yet, and nothing of it kept."""
+    monkeypatch.setattr(kernels, "_found", {})
+    monkeypatch.setattr(kernels, "_given", [])
+
+
+def test_without_a_kernel_the_reference_runs_and_says_so() -> None:
+    x = X.double()
+    with pytest.warns(RuntimeWarning, match="RMSNorm_f64 runs node by node in torch on cpu: f64"):
+        y = fusenorm.torch.rms_norm(x, W.double(), 1e-5)
+    torch.testing.assert_close(y, torch.nn.functional.rms_norm(x, (32,), W.double(), 1e-5))
+    assert fusenorm.torch.fallbacks() == {"RMSNorm_f64 on cpu": "f64 has no CPU kernel"}
+    fusenorm.torch.rms_norm(x, W.double(), 1e-5)  # once is enough
+
+
+def test_undeclared_mixtures_run_by_the_reference() -> None:
+    x = X.half()
+    with pytest.warns(RuntimeWarning, match="no fused op is declared as LayerNorm_f16_f32bias"):
+        y = fusenorm.torch.layer_norm(x, W.half(), W, 1e-5)
+    wanted = torch.nn.functional.layer_norm(x.float(), (32,), W.half().float(), W, 1e-5)
+    torch.testing.assert_close(y.float(), wanted, rtol=1e-3, atol=1e-3)
+
+
+def test_a_failed_build_is_a_reason(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CC", "/nowhere/cc")
+    with pytest.warns(RuntimeWarning, match="cannot run the C compiler /nowhere/cc"):
+        y = fusenorm.torch.swish(X)
+    torch.testing.assert_close(y, torch.nn.functional.silu(X))
+
+
+@pytest.mark.kernel
+def test_an_artifact_comes_first(
+    artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    info = build_library([Norm()], Target.host(), tmp_path / "ops.so")
+    held = dataclasses.replace(artifact, libraries=[Library.of(info)])
+    monkeypatch.setattr(kernels, "_built", None)  # building would fail
+    fusenorm.torch.use(held.save(tmp_path / "a.fnorm"))
+    y = fusenorm.torch.rms_norm(X, W, 1e-5)
+    torch.testing.assert_close(y, torch.nn.functional.rms_norm(X, (32,), W, 1e-5))
+
+
+def test_an_artifact_without_a_library_is_refused(folder: Path) -> None:
+    with pytest.raises(BadInput, match="holds no library"):
+        fusenorm.torch.use(folder)
+
+
+@pytest.mark.kernel
+def test_another_process_finds_it_in_the_cache_and_needs_no_tvm() -> None:
+    fusenorm.torch.relu2(X)
+    code = (
+        "import sys, torch, fusenorm.torch\n"
+        "fusenorm.torch.relu2(torch.ones(2, 4))\n"
+        "sys.exit('tvm' in sys.modules or bool(fusenorm.torch.fallbacks()))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """An empty cache; what was built."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return []
+
+
+def kept(key: str, built: list[str]) -> Path:
+    def build(path: Path) -> None:
+        built.append(key)
+        path.write_text(f"library {key}")
+
+    return cache.library(key, build)
+
+
+def test_a_library_is_built_once(store: list[str]) -> None:
+    path = kept("a", store)
+    assert (path, store) == (kept("a", store), ["a"])
+    assert path.read_text() == "library a"
+    assert path != kept("b", store)
+    assert {p.name[0] for p in path.parent.iterdir()} <= {"a", "b", "f"}
+
+
+def test_a_changed_library_is_built_again(store: list[str]) -> None:
+    kept("a", store).write_text("something else")
+    assert kept("a", store).read_text() == "library a"
+    entry = cache.folder() / "libraries" / "a.json"
+    for text in ("", "[]", '{"sha256": "../../x"}'):
+        entry.write_text(text)
+        assert kept("a", store).read_text() == "library a"
+    assert store == ["a"] * 5
+
+
+def test_a_cache_others_may_write_to_is_refused(store: list[str]) -> None:
+    kept("a", store)
+    (cache.folder() / "libraries").chmod(0o777)
+    with pytest.raises(BadInput, match="others may write to it: set XDG_CACHE_HOME"):
+        kept("a", store)
+
+
+def test_a_cache_that_cannot_be_written_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(BadInput, match="cannot be used as a cache .Not a directory.: set XDG"):
+        kept("a", [])
+
+
+def test_the_key_is_everything_the_content_depends_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = []
+    monkeypatch.setattr(kernels.cache, "library", lambda key, build: keys.append(key))
+    kernels._built(Norm())
+    kernels._built(Gated())
+    monkeypatch.setattr(kernels, "_sources", lambda: "other sources")
+    kernels._built(Norm())
+    monkeypatch.setattr(Target, "host", lambda: Target("cpu", "x86-64-v2"))
+    kernels._built(Norm())
+    assert len(set(keys)) == 4

@@ -51,7 +51,7 @@ def library(key: str, build: Callable[[Path], object]) -> Path:
         note.replace(entry)
     except OSError as error:
         raise BadInput(
-            f"cannot be used as a cache ({error.strerror}): set XDG_CACHE_HOME to a folder of yours",
+            f"cannot be used as a cache ({error}): set XDG_CACHE_HOME to a folder of yours",
             file=base,
         ) from error
     return path

@@ -32,7 +32,7 @@ def open_library(path: str | os.PathLike[str]) -> Kernels:
     Raises:
         BadInput: there is no such file, or it cannot be loaded.
     """
-    resolved = Path(path).resolve()
+    resolved = Path(path).absolute()
     if not resolved.exists():
         raise BadInput("no such library", file=path)
     try:

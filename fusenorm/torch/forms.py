@@ -17,7 +17,7 @@ from torch import nn
 
 from fusenorm.errors import FusenormError
 from fusenorm.ops import ACTIVATIONS
-from fusenorm.torch import kernels, ops
+from fusenorm.torch import ops
 from fusenorm.torch.proof import difference, rows
 
 _ELEMENTS = 1 << 15  # that a share of them means something
@@ -69,9 +69,7 @@ class NormForm:
         if self.offset:
             weight = 1.0 + weight.float()
         if self.centred:
-            return Bound(
-                ops.layer_norm, (x, weight, bias, self.epsilon), {"affine": self.affine}
-            )
+            return Bound(ops.layer_norm, (x, weight, bias, self.epsilon), {"affine": self.affine})
         return Bound(ops.rms_norm, (x, weight, self.epsilon, bias), {"affine": self.affine})
 
     def __call__(self, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -137,7 +135,7 @@ class Bound:
         return ops.plan(self.op, *self.args, **self.kwargs)
 
 
-@torch.no_grad()
+@torch.no_grad()  # type: ignore[untyped-decorator]  # torch is not typed here
 def find_form(module: nn.Module, dtype: torch.dtype) -> Form | None:
     """The proved form of a module, None if it is neither built like a norm nor like a gated unit.
 
@@ -163,7 +161,7 @@ def _prove(bound: Bound) -> None:
         Refused: there is none, or it does not.
     """
     call = bound.plan()
-    kernel = kernels.find(call.spec, call.inputs[0].device.type)
+    kernel = call.kernel()
     if isinstance(kernel, str):
         raise Refused("no_kernel", kernel)
     flaw = difference(call, bound.run())
@@ -246,7 +244,7 @@ def _output(module: nn.Module, parameters: dict[str, Any], x: torch.Tensor) -> t
     """
     made = []
     for shaped in _shapes(x):
-        y = _call(lambda shaped=shaped: torch.func.functional_call(module, parameters, (shaped,)))
+        y = _call(torch.func.functional_call, module, parameters, (shaped,))
         if not isinstance(y, torch.Tensor) or (y.shape, y.dtype) != (shaped.shape, x.dtype):
             got = f"{y.dtype} {list(y.shape)}" if isinstance(y, torch.Tensor) else type(y).__name__
             raise Refused("types", f"makes {got} of {x.dtype} {list(shaped.shape)}")
@@ -254,14 +252,14 @@ def _output(module: nn.Module, parameters: dict[str, Any], x: torch.Tensor) -> t
     return torch.cat(made)
 
 
-def _call(run: Callable[[], Any]) -> Any:
-    """What a module's forward returns.
+def _call(run: Callable[..., Any], *args: Any) -> Any:
+    """What a run of a module returns.
 
     Raises:
         Refused: it raises.
     """
     try:
-        return run()
+        return run(*args)
     except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
         raise Refused("structure", f"cannot be called with any rows: {error}") from error
 
@@ -292,8 +290,7 @@ def _shapes(rows: torch.Tensor) -> list[torch.Tensor]:
     """The same rows behind one, two and three axes: an axis may be meant from the front."""
     height, width = rows.shape
     return [
-        rows.view(*leading, width)
-        for leading in ((height,), (2, height // 2), (2, 2, height // 4))
+        rows.view(*leading, width) for leading in ((height,), (2, height // 2), (2, 2, height // 4))
     ]
 
 
@@ -381,7 +378,7 @@ def _hidden(
     names = (*given, last)
     handles = [getattr(module, name).register_forward_hook(watch(name)) for name in names]
     try:
-        y = _call(lambda: module(x))
+        y = _call(module, x)
     finally:
         for handle in handles:
             handle.remove()
@@ -390,10 +387,8 @@ def _hidden(
     wired = (
         sorted(name for name, _, _ in calls) == sorted(names)
         and all(read[name] is x for name in given)
-        and isinstance(hidden, torch.Tensor)
-        and hidden.shape[:-1] == x.shape[:-1]
         and y is calls[-1][2]
     )
-    if not wired:
+    if not (wired and isinstance(hidden, torch.Tensor) and hidden.shape[:-1] == x.shape[:-1]):
         raise Refused("structure", "its linear maps are not wired as a gated unit's")
     return hidden.reshape(-1, hidden.shape[-1])

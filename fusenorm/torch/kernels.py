@@ -1,9 +1,11 @@
 """Where an op's compiled kernel comes from.
 
 In this order: the artifacts given to `use`; the user's cache (`fusenorm.cache`), where a library
-is kept for every op by its declaration, the target and the sources it was built from; a build,
-which needs TVM and a C compiler, takes a second or two and goes into the cache. Where none works
-out, the op runs node by node in torch: a RuntimeWarning says why, once, and `fallbacks` lists it.
+is kept for every op by its declaration, the target and the sources it was built from; a build into
+that cache, which needs TVM and a C compiler and takes a second or two. CUDA kernels are built for
+one row length each, with nvcc (`pip install 'fusenorm[cuda]'`), in some ten seconds. Where none
+works out, the op runs node by node in torch: a RuntimeWarning says why, once, and `fallbacks`
+lists it.
 """
 
 from __future__ import annotations
@@ -15,26 +17,29 @@ import warnings
 from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
+
+import torch
 
 import fusenorm
 from fusenorm import cache
-from fusenorm.artifact import open_artifact
+from fusenorm.artifact import Library, open_artifact
 from fusenorm.errors import BadInput, FusenormError
-from fusenorm.kernels import supports, symbols
+from fusenorm.kernels import Device, supports, symbols
 from fusenorm.lower import Target, build_library
 from fusenorm.ops import OpSpec
 from fusenorm.runtime.direct import open_library
-from fusenorm.runtime.host import Host, choose
+from fusenorm.runtime.host import Host, candidates
+from fusenorm.runtime.sealed import sealed_file
 
-Kernel: TypeAlias = Callable[[Sequence[Any], Sequence[float]], None]
+Kernel: TypeAlias = Callable[[Sequence[torch.Tensor], Sequence[float]], None]
 """Called with 2-D inputs and outputs (vectors 1-D), all of them with rows, and the attributes."""
 
 _SOURCES = ("kernels", "lower", "ops")
 
 _lock = threading.RLock()
-_given: list[tuple[Path, frozenset[str]]] = []
-_found: dict[tuple[str, str], Kernel | str] = {}
+_given: list[dict[Device, tuple[Path, Library]]] = []
+_found: dict[tuple[str, Device, int], Kernel | str] = {}
 
 
 def use(artifact: str | Path) -> None:
@@ -44,11 +49,20 @@ def use(artifact: str | Path) -> None:
         BadInput: it is none, was changed, or holds no library this machine can run.
     """
     stored = open_artifact(artifact)
-    if not stored.libraries:
-        raise BadInput("holds no library", file=artifact)
-    chosen = choose(stored.libraries, Host.detect(), artifact)
+    host = Host.detect(gpus=any(library.cuda for library in stored.libraries))
+    taken: dict[Device, tuple[Path, Library]] = {}
+    reason = "holds no library"
+    numbers: dict[Device, int | None] = {"cpu": None, "cuda": 0}
+    for device, number in numbers.items():
+        suitable, lacking = candidates(stored.libraries, host, number)
+        reason = lacking or reason
+        for library in suitable[:1]:
+            path = sealed_file(stored.read(library.path), library.path.name)
+            taken[device] = Path(path), library
+    if not taken:
+        raise BadInput(reason, file=artifact)
     with _lock:
-        _given.insert(0, (chosen.path, frozenset(chosen.op_types)))
+        _given.insert(0, taken)
         _found.clear()
 
 
@@ -56,61 +70,87 @@ def fallbacks() -> dict[str, str]:
     """Why ops called so far run node by node in torch: `OP_TYPE on DEVICE` to the reason."""
     return {
         f"{op_type} on {device}": kernel
-        for (op_type, device), kernel in _found.items()
+        for (op_type, device, _), kernel in _found.items()
         if isinstance(kernel, str)
     }
 
 
-def find(spec: OpSpec, device: str) -> Kernel | str:
-    """The kernel of `spec` on `cpu` or `cuda`, or why there is none."""
-    key = (spec.op_type, device)
+def find(spec: OpSpec, device: Device, columns: int) -> Kernel | str:
+    """The kernel of `spec` on a kind of device, or why there is none.
+
+    Args:
+        spec: the op.
+        device: `cpu` or `cuda`.
+        columns: the row length; a kernel for another one is correct too, but slower.
+    """
+    key = (spec.op_type, device, columns if device == "cuda" else 0)
     if key not in _found:
         with _lock:
             if key not in _found:
-                _found[key] = _search(spec, device)
+                _found[key] = _search(spec, device, columns)
     return _found[key]
 
 
-def _search(spec: OpSpec, device: str) -> Kernel | str:
+def _search(spec: OpSpec, device: Device, columns: int) -> Kernel | str:
     try:
-        return _load(spec, device)
+        path = _library(spec, device, columns)
+        function = open_library(path).function(symbols(spec, device)[0])
     except (FusenormError, ImportError) as error:
         reason = str(error)
-    warnings.warn(
-        f"{spec.op_type} runs node by node in torch on {device}: {reason}",
-        RuntimeWarning,
-        stacklevel=2,
-    )
-    return reason
+        warnings.warn(
+            f"{spec.op_type} runs node by node in torch on {device}: {reason}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return reason
+    return functools.partial(_on_cpu if device == "cpu" else _on_cuda, function)
 
 
-def _load(spec: OpSpec, device: str) -> Kernel:
+def _on_cpu(
+    function: Callable[..., object], tensors: Sequence[torch.Tensor], attributes: Sequence[float]
+) -> None:
+    function(*tensors, 0, tensors[0].shape[0], *attributes)
+
+
+def _on_cuda(
+    function: Callable[..., object], tensors: Sequence[torch.Tensor], attributes: Sequence[float]
+) -> None:
+    # The stream is torch's current one: tvm-ffi asks the first tensor's exporter for it.
+    with torch.cuda.device(tensors[0].device):
+        function(*tensors, *attributes)
+
+
+def _library(spec: OpSpec, device: Device, columns: int) -> Path:
+    """The library to take the op's kernel from.
+
+    Raises:
+        FusenormError: there is none and none can be built.
+    """
     if type(spec).parse(spec.op_type) is None:
         raise BadInput(f"no fused op is declared as {spec.op_type}")
-    reason = supports(spec)
+    reason = supports(spec, device)
     if reason:
         raise BadInput(reason)
-    for path, op_types in _given:
-        if spec.op_type in op_types:
-            return _open(path, spec)
-    return _open(_built(spec), spec)
+    for taken in _given:
+        if device in taken and spec.op_type in taken[device][1].op_types:
+            return taken[device][0]
+    return _built(spec, device, columns)
 
 
-def _open(path: Path, spec: OpSpec) -> Kernel:
-    function = open_library(path).function(symbols(spec)[0])
-
-    def run(tensors: Sequence[Any], attributes: Sequence[float]) -> None:
-        function(*tensors, 0, tensors[0].shape[0], *attributes)
-
-    return run
-
-
-def _built(spec: OpSpec) -> Path:
+def _built(spec: OpSpec, device: Device, columns: int) -> Path:
     """The library of this op alone, from the cache or built into it."""
-    target = Target.host()
-    parts = (fusenorm.__version__, metadata.version("apache-tvm"), str(target), spec.op_type)
-    key = hashlib.sha256("\n".join((*parts, _sources())).encode()).hexdigest()[:32]
-    return cache.library(key, lambda path: build_library([spec], target, path))
+    target = Target.parse(device)
+    lengths = {spec: [columns]} if device == "cuda" else {}
+    parts = (
+        fusenorm.__version__,
+        metadata.version("apache-tvm"),
+        target,
+        spec.op_type,
+        *lengths.values(),
+    )
+    text = "\n".join(str(part) for part in (*parts, _sources()))
+    key = hashlib.sha256(text.encode()).hexdigest()[:32]
+    return cache.library(key, lambda path: build_library([spec], target, path, columns=lengths))
 
 
 @functools.cache

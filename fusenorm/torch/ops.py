@@ -13,13 +13,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
-from fusenorm.ops import ACTIVATIONS, DType, Gated, Norm, OpSpec
+from fusenorm.ops import ACTIVATIONS, DType, Gated, Norm
 from fusenorm.torch import kernels
 from fusenorm.torch.reference import DTYPES, reference
+
+Family: TypeAlias = Norm | Gated
 
 _LIBRARY = torch.library.Library("fusenorm", "DEF")
 _NAMES: Mapping[torch.dtype, DType] = {dtype: name for name, dtype in DTYPES.items()}
@@ -36,7 +38,7 @@ class Call:
         attributes: for each of spec.attributes.
     """
 
-    spec: OpSpec
+    spec: Family
     inputs: tuple[torch.Tensor, ...]
     attributes: tuple[float, ...]
 
@@ -71,12 +73,12 @@ class Call:
 
     def run(self) -> tuple[torch.Tensor, ...]:
         """The outputs, by the kernel if there is one."""
-        device = self.inputs[0].device.type
-        kernel = kernels.find(self.spec, device)
-        if isinstance(kernel, str):
-            return tuple(out.contiguous() for out in self.reference())
         outputs = self.outputs()
         if outputs[0].numel():
+            kernel = self.kernel()
+            if isinstance(kernel, str):
+                return tuple(out.contiguous() for out in self.reference())
+            device = self.inputs[0].device.type
             slots = (*self.spec.inputs, *self.spec.outputs)
             tensors = zip(slots, (*self.inputs, *outputs), strict=True)
             flat = [
@@ -85,6 +87,10 @@ class Call:
             ]
             kernel(flat, self.attributes)
         return outputs
+
+    def kernel(self) -> kernels.Kernel | str:
+        """Its kernel, or why there is none."""
+        return kernels.find(self.spec, self.inputs[0].device.type, self.outputs()[0].shape[-1])
 
     def reference(self) -> tuple[torch.Tensor, ...]:
         """The outputs, node by node."""
@@ -107,15 +113,17 @@ def _dtype(given: Mapping[str, Any], name: str) -> DType | None:
     return _NAMES[tensor.dtype]
 
 
+# Where a wide op could not round anyway: one spelling of it.
+_EXACT = {"affine": "f32", "residual": "storage", "centre": "f32", "precision": "f32"}
+
+
 @functools.cache
-def _spec(base: OpSpec, fields: tuple[tuple[str, Any], ...]) -> OpSpec:
-    """`base` with other fields; in f32 and f64, where nothing is rounded, without those of it."""
-    spec = dataclasses.replace(base, **dict(fields))
-    wide = {field: value for field, value in fields if field == "dtype" and value in ("f32", "f64")}
-    if not wide:
-        return spec
-    exact = {"affine": "f32", "residual": "storage", "centre": "f32", "precision": "f32"}
-    return dataclasses.replace(spec, **{k: v for k, v in exact.items() if hasattr(spec, k)})
+def _spec(base: Family, fields: tuple[tuple[str, Any], ...]) -> Family:
+    """`base` with other fields."""
+    changed = dict(fields)
+    if changed["dtype"] in ("f32", "f64"):
+        changed = {name: _EXACT.get(name, value) for name, value in changed.items()}
+    return dataclasses.replace(base, **changed)
 
 
 def _norm_fields(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -141,7 +149,7 @@ def _gated_fields(given: Mapping[str, Any]) -> dict[str, Any]:
 class _TorchOp:
     """One torch op: how it computes, infers shapes and is differentiated."""
 
-    def __init__(self, base: OpSpec, schema: str) -> None:
+    def __init__(self, base: Family, schema: str) -> None:
         arguments = torch._C.parse_schema(schema).arguments
         self.base = base
         self.fields = _norm_fields if isinstance(base, Norm) else _gated_fields
@@ -203,7 +211,7 @@ def plan(op: torch._ops.OpOverload, *args: Any, **kwargs: Any) -> Call:
     return _OPS[op].call(*args, **kwargs)
 
 
-def define(base: OpSpec, schema: str) -> torch._ops.OpOverload:
+def define(base: Family, schema: str) -> torch._ops.OpOverload:
     """Register a torch op that computes `base` with what a call adds to it.
 
     Args:
@@ -216,9 +224,7 @@ def define(base: OpSpec, schema: str) -> torch._ops.OpOverload:
         _LIBRARY.impl(name, op.run, key)
     qualified = f"fusenorm::{name}"
     torch.library.register_fake(qualified, op.fake, lib=_LIBRARY)
-    torch.library.register_autograd(
-        qualified, op.backward, setup_context=op.save, lib=_LIBRARY
-    )
+    torch.library.register_autograd(qualified, op.backward, setup_context=op.save, lib=_LIBRARY)
     overload = getattr(torch.ops.fusenorm, name).default
     _OPS[overload] = op
     return overload

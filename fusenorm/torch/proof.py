@@ -29,7 +29,7 @@ def rows(shape: tuple[int, int], like: torch.Tensor, seed: int = 0) -> torch.Ten
     return torch.from_numpy(made).to(like.device, like.dtype)
 
 
-@torch.no_grad()
+@torch.no_grad()  # type: ignore[untyped-decorator]  # torch is not typed here
 def difference(call: Call, made: torch.Tensor, room: float = 1.0) -> str | None:
     """What separates a result from what the call means, None if it is as close as it must be.
 

@@ -1,4 +1,4 @@
-"""A fused op's function body run node by node in torch: the meaning, and the way without kernels."""
+"""A fused op's function body run node by node in torch: its meaning, and what runs unfused."""
 
 from __future__ import annotations
 

@@ -127,17 +127,21 @@ def test_a_cache_that_cannot_be_written_is_named(
 ) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    with pytest.raises(BadInput, match="cannot be used as a cache .*Not a directory.*: set XDG"):
+    with pytest.raises(BadInput, match=r"cannot be used as a cache .*Not a directory.*: set XDG"):
         kept("a", [])
 
 
 def test_the_key_is_everything_the_content_depends_on(monkeypatch: pytest.MonkeyPatch) -> None:
     keys = []
     monkeypatch.setattr(kernels.cache, "library", lambda key, build: keys.append(key))
-    kernels._built(Norm())
-    kernels._built(Gated())
+    kernels._built(Norm(), "cpu", 64)
+    kernels._built(Norm(), "cuda", 64)
+    kernels._built(Norm(), "cuda", 128)
+    kernels._built(Gated(), "cpu", 64)
     monkeypatch.setattr(kernels, "_sources", lambda: "other sources")
-    kernels._built(Norm())
+    kernels._built(Norm(), "cpu", 64)
     monkeypatch.setattr(Target, "host", lambda: Target("cpu", "x86-64-v2"))
-    kernels._built(Norm())
-    assert len(set(keys)) == 4
+    kernels._built(Norm(), "cpu", 64)
+    assert len(set(keys)) == 6
+    kernels._built(Norm(), "cpu", 128)  # one kernel takes any row length there
+    assert keys[-1] == keys[-2]

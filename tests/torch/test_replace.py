@@ -242,10 +242,10 @@ def test_a_kernel_that_differs_is_not_used(monkeypatch: pytest.MonkeyPatch) -> N
     def wrong(tensors: list[torch.Tensor], attributes: tuple[float, ...]) -> None:
         tensors[-1].copy_(tensors[0])
 
-    monkeypatch.setattr(kernels, "find", lambda spec, device: wrong)
+    monkeypatch.setattr(kernels, "find", lambda spec, device, columns: wrong)
     (site,) = fusenorm.torch.replace(nn.LayerNorm(WIDTH)).sites
     assert site.reason == "check_failed"
-    monkeypatch.setattr(kernels, "find", lambda spec, device: "no compiler")
+    monkeypatch.setattr(kernels, "find", lambda spec, device, columns: "no compiler")
     (site,) = fusenorm.torch.replace(nn.LayerNorm(WIDTH)).sites
     assert (site.reason, site.detail) == ("no_kernel", "no compiler")
 

@@ -27,7 +27,9 @@ MAY_IMPORT = {
     "fusenorm.lower": ("errors", "ops", "kernels", "artifact"),
     "fusenorm.difference": (),
     "fusenorm.runtime": ("errors", "signature", "artifact", "difference"),
-    "fusenorm.runtime.direct": ("errors", "ops", "kernels", "lower", "artifact", "signature"),
+    "fusenorm.runtime.direct": ("errors", "ops", "kernels", "runtime.sealed"),
+    "fusenorm.cache": ("errors", "artifact"),
+    "fusenorm.torch": "errors cache ops passes kernels lower artifact runtime".split(),
     "fusenorm.olive": ("pipeline",),
     "fusenorm.serving": ("errors", "signature", "difference", "artifact", "runtime"),
 }
@@ -38,6 +40,7 @@ MUST_NOT_IMPORT = {
     "fusenorm.kernels": {"onnx_ir", "onnxruntime", "torch"},
     "fusenorm.artifact": {"tvm", "tvm_ffi", "torch", "onnxruntime"},
     "fusenorm.runtime": {"tvm", "torch", "onnx_ir"},
+    "fusenorm.torch": {"tvm", "tvm_ffi", "onnxruntime"},
     "fusenorm.pipeline": {"tvm", "tvm_ffi"},
     "fusenorm.cli": {"tvm", "tvm_ffi", "torch", "onnx_ir"},
 }
@@ -142,6 +145,11 @@ def test_importing_fusenorm_is_light(root: Path) -> None:
 def test_the_runtime_needs_no_compiler(root: Path) -> None:
     code = "import fusenorm; fusenorm.load"
     assert loaded_after(code, root) & (HEAVY - {"onnxruntime"}) == set()
+
+
+def test_the_torch_ops_need_neither_compiler_nor_onnxruntime(root: Path) -> None:
+    code = "import fusenorm.torch"
+    assert loaded_after(code, root) & {"tvm", "onnxruntime"} == set()
 
 
 def test_optimising_to_onnx_needs_no_compiler(root: Path) -> None:

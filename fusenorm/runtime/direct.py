@@ -10,6 +10,7 @@ import ctypes
 import dataclasses
 import math
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ import tvm_ffi
 from fusenorm.errors import BadInput
 from fusenorm.kernels import symbols
 from fusenorm.ops import DTYPES, OpSpec, Slot, parse
+from fusenorm.runtime.sealed import sealed_file
 
 _DLPACK_NAMES = {"f16": "float16", "bf16": "bfloat16", "f32": "float32"}
 
@@ -39,6 +41,22 @@ def open_library(path: str | os.PathLike[str]) -> Kernels:
         return Kernels(resolved, tvm_ffi.load_module(os.fspath(resolved)))
     except (OSError, RuntimeError) as error:
         raise BadInput(f"cannot be loaded: {error}", file=path) from error
+
+
+def open_content(content: bytes, name: str) -> Kernels:
+    """Load a library from its bytes, which nobody can change while they are read.
+
+    Args:
+        content: of the file.
+        name: of the file.
+
+    Raises:
+        BadInput: it cannot be loaded.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        link = Path(folder, name)  # tvm-ffi goes by the suffix
+        link.symlink_to(sealed_file(content, name))
+        return open_library(link)
 
 
 class Kernels:

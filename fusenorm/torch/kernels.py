@@ -28,9 +28,8 @@ from fusenorm.errors import BadInput, FusenormError
 from fusenorm.kernels import Device, supports, symbols
 from fusenorm.lower import Target, build_library
 from fusenorm.ops import OpSpec
-from fusenorm.runtime.direct import open_library
+from fusenorm.runtime.direct import Kernels, open_content, open_library
 from fusenorm.runtime.host import Host, candidates
-from fusenorm.runtime.sealed import sealed_file
 
 Kernel: TypeAlias = Callable[[Sequence[torch.Tensor], Sequence[float]], None]
 """Called with 2-D inputs and outputs (vectors 1-D), all of them with rows, and the attributes."""
@@ -38,7 +37,7 @@ Kernel: TypeAlias = Callable[[Sequence[torch.Tensor], Sequence[float]], None]
 _SOURCES = ("kernels", "lower", "ops")
 
 _lock = threading.RLock()
-_given: list[dict[Device, tuple[Path, Library]]] = []
+_given: list[dict[Device, tuple[Library, Kernels]]] = []
 _found: dict[tuple[str, Device, int], Kernel | str] = {}
 
 
@@ -50,15 +49,15 @@ def use(artifact: str | Path) -> None:
     """
     stored = open_artifact(artifact)
     host = Host.detect(gpus=any(library.cuda for library in stored.libraries))
-    taken: dict[Device, tuple[Path, Library]] = {}
+    taken: dict[Device, tuple[Library, Kernels]] = {}
     reason = "holds no library"
     numbers: dict[Device, int | None] = {"cpu": None, "cuda": 0}
     for device, number in numbers.items():
         suitable, lacking = candidates(stored.libraries, host, number)
         reason = lacking or reason
         for library in suitable[:1]:
-            path = sealed_file(stored.read(library.path), library.path.name)
-            taken[device] = Path(path), library
+            content = stored.read(library.path)
+            taken[device] = library, open_content(content, library.path.name)
     if not taken:
         raise BadInput(reason, file=artifact)
     with _lock:
@@ -93,8 +92,7 @@ def find(spec: OpSpec, device: Device, columns: int) -> Kernel | str:
 
 def _search(spec: OpSpec, device: Device, columns: int) -> Kernel | str:
     try:
-        path = _library(spec, device, columns)
-        function = open_library(path).function(symbols(spec, device)[0])
+        function = _library(spec, device, columns).function(symbols(spec, device)[0])
     except (FusenormError, ImportError) as error:
         reason = str(error)
         warnings.warn(
@@ -120,7 +118,7 @@ def _on_cuda(
         function(*tensors, *attributes)
 
 
-def _library(spec: OpSpec, device: Device, columns: int) -> Path:
+def _library(spec: OpSpec, device: Device, columns: int) -> Kernels:
     """The library to take the op's kernel from.
 
     Raises:
@@ -132,9 +130,9 @@ def _library(spec: OpSpec, device: Device, columns: int) -> Path:
     if reason:
         raise BadInput(reason)
     for taken in _given:
-        if device in taken and spec.op_type in taken[device][1].op_types:
-            return taken[device][0]
-    return _built(spec, device, columns)
+        if device in taken and spec.op_type in taken[device][0].op_types:
+            return taken[device][1]
+    return open_library(_built(spec, device, columns))
 
 
 def _built(spec: OpSpec, device: Device, columns: int) -> Path:

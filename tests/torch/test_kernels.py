@@ -15,8 +15,11 @@ import fusenorm.torch
 from fusenorm import cache
 from fusenorm.artifact import Artifact, Library
 from fusenorm.errors import BadInput
+from fusenorm.kernels import symbols
 from fusenorm.lower import Target, build_library
+from fusenorm.lower.nvcc import Nvcc
 from fusenorm.ops import Gated, Norm
+from fusenorm.runtime.direct import open_library
 from fusenorm.torch import kernels
 
 X, W = torch.randn(3, 32), torch.rand(32)
@@ -64,6 +67,20 @@ def test_an_artifact_comes_first(
     fusenorm.torch.use(held.save(tmp_path / "a.fnorm"))
     y = fusenorm.torch.rms_norm(X, W, 1e-5)
     torch.testing.assert_close(y, torch.nn.functional.rms_norm(X, (32,), W, 1e-5))
+
+
+@pytest.mark.kernel
+def test_a_cuda_library_is_built_and_loads_without_a_gpu() -> None:
+    try:
+        Nvcc.find()
+    except BadInput as error:
+        pytest.skip(str(error))
+    spec = Norm(skip=True, dtype="bf16", scale="bf16")
+    library = open_library(kernels._built(spec, "cuda", 32))
+    function = library.function(symbols(spec, "cuda")[0])
+    x, weight = X.bfloat16(), W.bfloat16()
+    with pytest.raises(ValueError, match="cuda"):
+        function(x, x, weight, x.clone(), x.clone(), 1e-5)
 
 
 def test_an_artifact_without_a_library_is_refused(folder: Path) -> None:

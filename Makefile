@@ -5,6 +5,7 @@
 # make test-olive  the Olive pass, in an environment of its own
 # make test-serving  the adapters on real servers, each in an environment of its own
 # make bench   whole models against onnxruntime, OpenVINO and torch.compile (an hour)
+# make gpu-bundle  build/fusenorm-gpu.tar.gz: kernels, tests and benchmark for a GPU machine
 # make clean   remove what these made
 
 PYTHON ?= python3
@@ -13,7 +14,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet -c constraints.txt
 
-.PHONY: demo test test-cuda-build test-olive test-serving lint bench clean
+.PHONY: demo test test-cuda-build test-olive test-serving lint bench gpu-bundle clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.core
@@ -45,6 +46,9 @@ lint: $(VENV)/.test
 
 bench: .venv-bench/.done
 	.venv-bench/bin/python -m tests.bench --plot build/bench/table.svg
+
+gpu-bundle: .venv-cuda/.done
+	.venv-cuda/bin/python -m tests.gpu_bundle
 
 clean:
 	rm -rf $(VENV) .venv-* build dist fusenorm.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

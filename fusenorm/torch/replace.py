@@ -1,8 +1,9 @@
 """`replace`: the fused ops in place of a model's norms and gated units.
 
-A module that is found to be one (`fusenorm.torch.forms`) keeps its class, parameters, buffers and
-hooks; only its `forward` becomes another. Calls that were not proved (another type of x, autocast,
-more than one argument, training where it drops out) still take the module's own forward.
+A module that is found to be one (`fusenorm.torch.norms`, `fusenorm.torch.gated`) keeps its class,
+parameters, buffers and hooks; only its `forward` becomes another. Calls that were not proved
+(another type of x, autocast, more than one argument, training where it drops out) still take the
+module's own forward.
 """
 
 from __future__ import annotations
@@ -10,13 +11,18 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
-from typing import Any, Literal
+import inspect
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import nn
 
 from fusenorm.errors import BadInput
-from fusenorm.torch.forms import Form, Refused, find_form
+from fusenorm.torch.forms import Refused
+from fusenorm.torch.gated import GatedForm, gated_form
+from fusenorm.torch.norms import NormForm, like_a_norm, norm_form
+
+Form: TypeAlias = NormForm | GatedForm
 
 _FORM = "_fusenorm_form"
 
@@ -111,7 +117,7 @@ def _replace(name: str, module: nn.Module, dtype: torch.dtype) -> Site | None:
     if hasattr(module, _FORM):
         return None
     try:
-        form = find_form(module, dtype)
+        form = _find_form(module, dtype)
         if form is None:
             return None
         if "forward" in vars(module):
@@ -121,6 +127,27 @@ def _replace(name: str, module: nn.Module, dtype: torch.dtype) -> Site | None:
     setattr(module, _FORM, form)
     module.forward = functools.partial(_forward, module)
     return Site(name, kind, "fused", form.op)
+
+
+@torch.no_grad()  # type: ignore[untyped-decorator]  # torch is not typed here
+def _find_form(module: nn.Module, dtype: torch.dtype) -> Form | None:
+    """The proved form of a module, None if it is neither built like a norm nor like a gated unit.
+
+    Raises:
+        Refused: it is built like one, but is none of the forms, or its op has no kernel.
+    """
+    if not _takes_one_tensor(module):
+        return None
+    form = gated_form(module, dtype)
+    return norm_form(module, dtype) if form is None and like_a_norm(module) else form
+
+
+def _takes_one_tensor(module: nn.Module) -> bool:
+    try:
+        inspect.signature(module.forward).bind(None)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def _forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:

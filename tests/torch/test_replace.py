@@ -14,8 +14,9 @@ from torch import nn
 
 import fusenorm.torch
 from fusenorm.errors import BadInput
-from fusenorm.torch import forms, kernels
-from fusenorm.torch.forms import GatedForm, NormForm
+from fusenorm.torch import gated, kernels
+from fusenorm.torch.gated import GatedForm
+from fusenorm.torch.norms import NormForm
 from fusenorm.torch.replace import Replacement
 
 pytestmark = pytest.mark.kernel
@@ -176,6 +177,19 @@ def test_a_constant_that_16_bits_do_not_have_is_told_apart() -> None:
     assert site.reason == "not_gated"
 
 
+def test_linear_maps_of_one_shape_are_told_apart() -> None:
+    class Square(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.last, self.gate, self.up = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.last(silu(self.gate(x)) * self.up(x))
+
+    form, _ = form_of(Square(), torch.float32)
+    assert (form.first, form.last) == (("gate", "up"), "last")
+
+
 class Halved(MLP):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.last(self.act(self.gate(x)) * self.up(x) / 2)
@@ -196,6 +210,21 @@ class L1(RMS):
         return self.weight * x / (x.abs().mean(-1, keepdim=True) + self.eps)
 
 
+class Bare(nn.Module):
+    """A norm by its name only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(WIDTH))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.weight * nn.functional.normalize(x, dim=-1)
+
+
+class BareNorm(Bare):
+    pass
+
+
 class Wide(RMS):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return super().forward(x).float()
@@ -207,10 +236,11 @@ class Wide(RMS):
         (lambda: nn.LayerNorm((2, WIDTH)), "axis", "it covers .2, 48., not the last axis alone"),
         (lambda: nn.BatchNorm1d(WIDTH), "structure", "holds more than a weight and a bias"),
         (lambda: nn.GroupNorm(4, WIDTH), "types|not_a_norm|structure", ""),
-        (lambda: RMS(axis=1), "not_a_norm", "no form of a norm"),
-        (lambda: RMS(axis=-2), "not_a_norm", "no form of a norm"),
+        (lambda: RMS(axis=1), "not_a_norm", "as RMSNorm with epsilon 1e-06 it is .* away"),
+        (lambda: RMS(axis=-2), "not_a_norm", "as RMSNorm with epsilon 1e-06 it is .* away"),
         (lambda: RMS(axis=2), "structure", "cannot be called with any rows"),
         (lambda: L1(), "not_a_norm", "it is .* times the bound away from float64"),
+        (lambda: BareNorm(), "not_a_norm", "it holds no number that may be its epsilon"),
         (lambda: Wide().half(), "types", "makes torch.float32"),
         (lambda: MLP(nn.functional.hardswish), "not_gated", "no activation of the table"),
         (lambda: MLP(silu, lambda p: p.chunk(2, 1)), "structure|not_gated", ""),
@@ -361,5 +391,5 @@ def test_the_report_can_be_read() -> None:
 
 
 def test_every_activation_of_the_table_is_tried() -> None:
-    tried = {activation for activation, _, _ in forms._variants(torch.float16)}
+    tried = {activation for activation, _, _ in gated._variants(torch.float16)}
     assert tried == set(fusenorm.ops.ACTIVATIONS)

@@ -10,8 +10,11 @@ lists it.
 
 from __future__ import annotations
 
+import concurrent.futures
 import functools
 import hashlib
+import itertools
+import os
 import threading
 import warnings
 from collections.abc import Callable, Sequence
@@ -32,9 +35,10 @@ from fusenorm.runtime.direct import Kernels, open_content, open_library
 from fusenorm.runtime.host import Host, candidates
 
 Kernel: TypeAlias = Callable[[Sequence[torch.Tensor], Sequence[float]], None]
-"""Called with 2-D inputs and outputs (vectors 1-D), all of them with rows, and the attributes."""
+"""Called with 2-D inputs, then outputs (vectors 1-D), all of them with rows, and the attributes."""
 
 _SOURCES = ("kernels", "lower", "ops")
+_PART = 1 << 16  # elements that are worth a thread
 
 _lock = threading.RLock()
 _given: list[dict[Device, tuple[Library, Kernels]]] = []
@@ -107,7 +111,23 @@ def _search(spec: OpSpec, device: Device, columns: int) -> Kernel | str:
 def _on_cpu(
     function: Callable[..., object], tensors: Sequence[torch.Tensor], attributes: Sequence[float]
 ) -> None:
-    function(*tensors, 0, tensors[0].shape[0], *attributes)
+    """Run a kernel on ranges of rows, on up to as many threads as torch uses."""
+    rows = tensors[-1].shape[0]
+    parts = max(1, min(torch.get_num_threads(), rows, tensors[-1].numel() // _PART))
+    edges = [rows * part // parts for part in range(parts + 1)]
+    *others, own = itertools.pairwise(edges)
+    running = [_pool().submit(function, *tensors, *part, *attributes) for part in others]
+    function(*tensors, *own, *attributes)
+    for run in running:
+        run.result()
+
+
+@functools.cache
+def _pool() -> concurrent.futures.Executor:
+    return concurrent.futures.ThreadPoolExecutor(os.cpu_count(), "fusenorm")
+
+
+os.register_at_fork(after_in_child=_pool.cache_clear)  # threads do not survive a fork
 
 
 def _on_cuda(

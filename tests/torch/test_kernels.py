@@ -100,6 +100,64 @@ def test_another_process_finds_it_in_the_cache_and_needs_no_tvm() -> None:
 
 
 @pytest.fixture
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    ("rows", "width", "ranges"),
+    [
+        (5, 64, [(0, 5)]),
+        (2, 1 << 17, [(0, 1), (1, 2)]),
+        (1000, 1 << 10, [(0, 333), (333, 666), (666, 1000)]),
+    ],
+)
+def test_rows_are_shared_among_torchs_threads(
+    threads: None, rows: int, width: int, ranges: list[tuple[int, int]]
+) -> None:
+    seen = []
+
+    def kernel(x: torch.Tensor, y: torch.Tensor, begin: int, end: int, epsilon: float) -> None:
+        seen.append((begin, end))
+        y[begin:end] = x[begin:end] + epsilon
+
+    x, y = torch.randn(rows, width), torch.empty(rows, width)
+    kernels._on_cpu(kernel, [x, y], [2.0])
+    assert sorted(seen) == ranges
+    assert torch.equal(y, x + 2.0)
+
+
+def test_an_error_in_a_thread_is_raised(threads: None) -> None:
+    def kernel(y: torch.Tensor, begin: int, end: int) -> None:
+        if begin == 0:
+            raise ValueError("of the first rows")
+
+    with pytest.raises(ValueError, match="of the first rows"):
+        kernels._on_cpu(kernel, [torch.empty(1000, 1000)], [])
+
+
+@pytest.mark.kernel
+def test_threads_make_the_same_numbers_also_after_a_fork() -> None:
+    code = """
+import os, torch, fusenorm.torch
+x = torch.randn(300, 1024)
+torch.set_num_threads(1)
+wanted = fusenorm.torch.relu2(x)
+torch.set_num_threads(3)
+same = torch.equal(fusenorm.torch.relu2(x), wanted)
+child = os.fork()
+if not child:
+    os._exit(0 if torch.equal(fusenorm.torch.relu2(x), wanted) else 1)
+same = same and os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+raise SystemExit(not same)
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=300).returncode == 0
+
+
+@pytest.fixture
 def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """An empty cache; what was built."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

@@ -210,7 +210,7 @@ class L1(RMS):
         return self.weight * x / (x.abs().mean(-1, keepdim=True) + self.eps)
 
 
-class Bare(nn.Module):
+class BareNorm(nn.Module):
     """A norm by its name only."""
 
     def __init__(self) -> None:
@@ -219,10 +219,6 @@ class Bare(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.weight * nn.functional.normalize(x, dim=-1)
-
-
-class BareNorm(Bare):
-    pass
 
 
 class Wide(RMS):

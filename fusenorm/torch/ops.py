@@ -26,6 +26,7 @@ Family: TypeAlias = Norm | Gated
 _LIBRARY = torch.library.Library("fusenorm", "DEF")
 _NAMES: Mapping[torch.dtype, DType] = {dtype: name for name, dtype in DTYPES.items()}
 _SLOTS = {"weight": "scale", "eps": "epsilon"}  # torch's names for two of ours
+_ARGUMENTS = {slot: argument for argument, slot in _SLOTS.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,41 +57,48 @@ class Call:
         if first[0].layout == "packed" and x.shape[-1] % 2:
             raise ValueError(f"'{first[0].name}' holds two halves: its last axis is {x.shape[-1]}")
         for slot, tensor in rest:
+            name = _ARGUMENTS.get(slot.name, slot.name)
             if tensor.dtype != DTYPES[slot.dtype]:
-                raise TypeError(f"'{slot.name}' is {tensor.dtype}: it must be {x.dtype}")
+                raise TypeError(f"'{name}' is {tensor.dtype}: it must be {x.dtype}")
             wanted = x.shape if slot.layout == "row" else x.shape[-1:]
             if tensor.shape != wanted:
-                raise ValueError(f"'{slot.name}' is {list(tensor.shape)}: not {list(wanted)}")
+                raise ValueError(f"'{name}' is {list(tensor.shape)}: not {list(wanted)}")
             if tensor.device != x.device:
-                raise ValueError(f"'{slot.name}' is on {tensor.device}, not on {x.device}")
+                raise ValueError(f"'{name}' is on {tensor.device}, not on {x.device}")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of every output."""
+        *rows, columns = self.inputs[0].shape
+        packed = self.spec.inputs[0].layout == "packed"
+        return (*rows, columns // 2 if packed else columns)
 
     def outputs(self) -> tuple[torch.Tensor, ...]:
         """Tensors to write the outputs to."""
-        x = self.inputs[0]
-        packed = self.spec.inputs[0].layout == "packed"
-        shape = (*x.shape[:-1], x.shape[-1] // 2) if packed else x.shape
-        return tuple(x.new_empty(shape) for _ in self.spec.outputs)
-
-    def run(self) -> tuple[torch.Tensor, ...]:
-        """The outputs, by the kernel if there is one."""
-        outputs = self.outputs()
-        if outputs[0].numel():
-            kernel = self.kernel()
-            if isinstance(kernel, str):
-                return tuple(out.contiguous() for out in self.reference())
-            device = self.inputs[0].device.type
-            slots = (*self.spec.inputs, *self.spec.outputs)
-            tensors = zip(slots, (*self.inputs, *outputs), strict=True)
-            flat = [
-                tensor.contiguous() if slot.layout == "vector" else _rows(tensor, device)
-                for slot, tensor in tensors
-            ]
-            kernel(flat, self.attributes)
-        return outputs
+        return tuple(self.inputs[0].new_empty(self.shape) for _ in self.spec.outputs)
 
     def kernel(self) -> kernels.Kernel | str:
         """Its kernel, or why there is none."""
-        return kernels.find(self.spec, self.inputs[0].device.type, self.outputs()[0].shape[-1])
+        return kernels.find(self.spec, self.inputs[0].device.type, self.shape[-1])
+
+    def run(self) -> tuple[torch.Tensor, ...]:
+        """The outputs, by the kernel if there is one."""
+        if 0 in self.shape:
+            return self.outputs()
+        kernel = self.kernel()
+        if isinstance(kernel, str):
+            return tuple(out.contiguous() for out in self.reference())
+        outputs = self.outputs()
+        device = self.inputs[0].device.type
+        slots = (*self.spec.inputs, *self.spec.outputs)
+        kernel(
+            [
+                tensor.contiguous() if slot.layout == "vector" else _rows(tensor, device)
+                for slot, tensor in zip(slots, (*self.inputs, *outputs), strict=True)
+            ],
+            self.attributes,
+        )
+        return outputs
 
     def reference(self) -> tuple[torch.Tensor, ...]:
         """The outputs, node by node."""

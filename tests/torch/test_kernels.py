@@ -52,7 +52,7 @@ def test_undeclared_mixtures_run_by_the_reference() -> None:
 def test_a_failed_build_is_a_reason(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("CC", "/nowhere/cc")
-    with pytest.warns(RuntimeWarning, match="cannot run the C compiler /nowhere/cc"):
+    with pytest.warns(RuntimeWarning, match="/nowhere/cc"):
         y = fusenorm.torch.swish(X)
     torch.testing.assert_close(y, torch.nn.functional.silu(X))
 

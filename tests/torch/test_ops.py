@@ -136,7 +136,7 @@ W = torch.ones(8)
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda t: t.rms_norm(X, W[:7], 1e-5), ValueError, "'scale' is .7.: not .8."),
+        (lambda t: t.rms_norm(X, W[:7], 1e-5), ValueError, "'weight' is .7.: not .8."),
         (lambda t: t.rms_norm(X.int(), W, 1e-5), TypeError, "'x' is torch.int32"),
         (lambda t: t.rms_norm(W[0], W, 1e-5), ValueError, "'x' is a scalar"),
         (lambda t: t.skip_rms_norm(X, X[:1], W, 1e-5), ValueError, "'skip' is .1, 8.: not .2, 8."),
@@ -144,7 +144,11 @@ W = torch.ones(8)
         (lambda t: t.glu(X, X, "softmax"), ValueError, "no activation 'softmax': there are"),
         (lambda t: t.glu(X, X, clamp="gate"), ValueError, "'floor' is needed for clamp='gate'"),
         (lambda t: t.glu_packed(X[:, :7]), ValueError, "'x' holds two halves"),
-        (lambda t: t.rms_norm(X.to("meta"), W, 1e-5), ValueError, "'scale' is on cpu, not on meta"),
+        (
+            lambda t: t.rms_norm(X.to("meta"), W, 1e-5),
+            ValueError,
+            "'weight' is on cpu, not on meta",
+        ),
     ],
 )
 def test_wrong_calls_are_named(call: object, error: type[Exception], message: str) -> None:

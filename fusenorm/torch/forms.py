@@ -61,7 +61,7 @@ def prove(bound: Bound) -> None:
         raise Refused("no_kernel", kernel)
     flaw = difference(meant, bound.run())
     if flaw:
-        raise Refused("check_failed", f"the kernel of {meant.spec.op_type} is {flaw}")
+        raise Refused("check_failed", f"the kernel of {meant.spec.op_type}: {flaw}")
 
 
 def call(run: Callable[..., Any], *args: Any) -> Any:

@@ -103,7 +103,7 @@ def norm_form(module: nn.Module, dtype: torch.dtype) -> NormForm:
             prove(bound)
             prove(own)
             return form
-        flaws.append(f"as {meant.spec.op_type} with epsilon {form.epsilon:g} it is {flaw}")
+        flaws.append(f"as {meant.spec.op_type} with epsilon {form.epsilon:g}: {flaw}")
     raise Refused("not_a_norm", flaws[0] if flaws else "it holds no number that may be its epsilon")
 
 

@@ -11,6 +11,7 @@ lists it.
 from __future__ import annotations
 
 import concurrent.futures
+import dataclasses
 import functools
 import hashlib
 import itertools
@@ -53,11 +54,15 @@ def use(artifact: str | Path) -> None:
     """
     stored = open_artifact(artifact)
     host = Host.detect(gpus=any(library.cuda for library in stored.libraries))
+    on_cpu = [dataclasses.replace(library, cuda=None) for library in stored.libraries]
+    sides: list[tuple[Device, Sequence[Library], int | None]] = [
+        ("cpu", on_cpu, None),  # a library for GPUs has the kernels for the CPU too
+        ("cuda", stored.libraries, 0),
+    ]
     taken: dict[Device, tuple[Library, Kernels]] = {}
     reason = "holds no library"
-    numbers: dict[Device, int | None] = {"cpu": None, "cuda": 0}
-    for device, number in numbers.items():
-        suitable, lacking = candidates(stored.libraries, host, number)
+    for device, libraries, number in sides:
+        suitable, lacking = candidates(libraries, host, number)
         reason = lacking or reason
         for library in suitable[:1]:
             content = stored.read(library.path)

@@ -13,7 +13,7 @@ import torch
 
 import fusenorm.torch
 from fusenorm import cache
-from fusenorm.artifact import Artifact, Library
+from fusenorm.artifact import Artifact, Cuda, Library
 from fusenorm.errors import BadInput
 from fusenorm.kernels import symbols
 from fusenorm.lower import Target, build_library
@@ -58,11 +58,13 @@ def test_a_failed_build_is_a_reason(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 
 
 @pytest.mark.kernel
+@pytest.mark.parametrize("cuda", [None, Cuda(("sm_80",))])
 def test_an_artifact_comes_first(
-    artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cuda: Cuda | None, artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     info = build_library([Norm()], Target.host(), tmp_path / "ops.so")
-    held = dataclasses.replace(artifact, libraries=[Library.of(info)])
+    library = dataclasses.replace(Library.of(info), cuda=cuda)
+    held = dataclasses.replace(artifact, libraries=[library])
     monkeypatch.setattr(kernels, "_built", None)  # building would fail
     fusenorm.torch.use(held.save(tmp_path / "a.fnorm"))
     y = fusenorm.torch.rms_norm(X, W, 1e-5)

@@ -172,7 +172,8 @@ def _accumulate(
             for column in range(0, tile.width, _LINE // size):
                 later = k + _AHEAD // (PANEL * size)
                 _prefetch(weight[panel, later, place.offset + column], 1)
-            _prefetch(weight[panel, T.int64(0), line * (_LINE // size)], 2)
+            if 2 * rows > tile.rows:  # as many as one of several tiles has
+                _prefetch(weight[panel, T.int64(0), line * (_LINE // size)], 2)
             for vector in range(tile.vectors):
                 column = T.ramp(place.offset + vector * tile.lanes, 1, tile.lanes)
                 stored = weight[panel, k, column]

@@ -42,7 +42,8 @@ class Lanes:
         return self.spread(T.reinterpret("float32", bits ^ self.zero))
 
     def u32(self, value: int) -> Expr:
-        return self.spread(T.uint32(value))
+        bits = T.uint32(value)
+        return self.spread(bits if self.zero is None else bits ^ self.zero)
 
     def cast(self, base: str, value: Expr) -> Expr:
         return T.cast(value, self.type(base))
@@ -54,10 +55,10 @@ class Lanes:
         return T.reinterpret(self.type("float32"), bits)
 
     def shift_left(self, value: Expr, count: int) -> Expr:
-        return T.shift_left(value, self.u32(count))
+        return T.shift_left(value, self.spread(T.uint32(count)))
 
     def shift_right(self, value: Expr, count: int) -> Expr:
-        return T.shift_right(value, self.u32(count))
+        return T.shift_right(value, self.spread(T.uint32(count)))
 
     def let(self, value: Expr) -> Expr:
         """Name an f32 value: later uses cost nothing and see only its number.

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
 import pytest
 
+from fusenorm.kernels import symbols
+from fusenorm.kernels.registers import LANES, Tile
 from fusenorm.lower import Target, build_library
+from fusenorm.lower.library import compile_module
 from fusenorm.ops import DTYPES, Linear
 from fusenorm.ops.linear import PANEL, unpack
 from tests.kernels.cases import evaluate, pairwise
@@ -160,3 +164,28 @@ def test_a_gated_weight_holds_pairs_of_panels(library: Path) -> None:
     given = feeds(spec, (2,), 8, PANEL) | {"weight": np.zeros((3, 8, PANEL), np.float32)}
     with pytest.raises(Exception, match="panels"):
         session(spec, library).run(None, given)
+
+
+@pytest.mark.parametrize("spec", SHAPED[:3], ids=lambda spec: spec.op_type)
+def test_the_loop_of_products_keeps_its_sums_in_registers(spec: Linear) -> None:
+    """Whatever the epilogue needs, its constants must not push the sums to the stack."""
+    target = Target.parse("x86-64-v4")
+    tile = Tile.of(spec, LANES[target.level])
+    assembly = compile_module([spec], target).inspect_source("asm")
+    blocks = re.split(r"^\.LBB.*$", assembly, flags=re.MULTILINE)
+    products = tile.rows * tile.vectors * tile.parts
+    (loop,) = (block for block in blocks if block.count("vfmadd231ps") == products)
+    assert [line for line in loop.splitlines() if "rsp" in line and "zmm" in line] == []
+
+
+@pytest.mark.parametrize("level", LANES)
+def test_ops_of_one_type_lay_out_rows_alike(level: str) -> None:
+    """A library holds the function once, so each op must make the same."""
+    import tvm_ffi
+
+    from fusenorm.kernels import linear
+
+    plain, gated = Linear(), Linear("swish", gated=True)
+    assert symbols(plain)[1] == symbols(gated)[1]
+    one, other = (linear.functions(spec, LANES[level])[1] for spec in (plain, gated))
+    assert tvm_ffi.structural_equal(one, other)

@@ -18,12 +18,13 @@ from fusenorm.kernels import mathfn
 from fusenorm.kernels.mathfn import Expr, Lanes
 from fusenorm.kernels.program import symbols
 from fusenorm.kernels.registers import KEYS
-from fusenorm.kernels.rows import function
+from fusenorm.kernels.rows import function, prefetch
 from fusenorm.ops import Attention
 
 _STEP = 64  # of D: successive numbers of a row in the tile of q
 _PACKED = 4  # rows from which packing keys pays
 _TRIMMED = 32  # rows from which looking at the mask pays
+_LINE = 16  # numbers of a cache line
 # With scores within ±1e34, a weight whose mask is at most _DROPPED underflows to 0 beside one whose
 # mask is at least _KEPT.
 _DROPPED, _KEPT, _TAME = -1e37, -1e35, 1e15
@@ -236,7 +237,7 @@ class _Kernel:
             live = T.bind(self.live[0])
             with T.If(self.count >= _PACKED):
                 with T.Then():
-                    self._for_each_size(size, lambda size: self._scores_of_panels(size, live))
+                    self._for_each_size(size, lambda size: self._scores_of_panels(size, row, live))
                 with T.Else(), T.serial(size) as i:
                     self._scores_of_row(i)
             with T.serial(size) as i:
@@ -305,11 +306,22 @@ class _Kernel:
                     T.buffer_store(found, self.size, [0])
             T.buffer_store(self.live, T.min(found[0], self.size), [0])
 
-    def _scores_of_panels(self, size: int, live: Expr) -> None:
+    def _fetch_mask(self, size: int, row: Expr, panel: Expr) -> None:
+        """Have a mask too large for the caches brought there bit by bit while scores are made."""
+        own = T.And(self.at["mask_row"] != 0, self.at["mask_column"] == 1)
+        with T.If(own), T.Then():
+            for i in range(size):
+                start = T.bind(self._place("mask", row + i) + self.first + panel * self.panel)
+                for column in range(0, self.panel, _LINE):
+                    prefetch(self.buffers["mask"][start + column], 2)
+
+    def _scores_of_panels(self, size: int, row: Expr, live: Expr) -> None:
         """Products of the tile of q with every panel of keys."""
         inner = self.at["inner"]
         panels = T.truncdiv(live + (self.panel - 1), T.int64(self.panel))
         with T.serial(panels) as panel:
+            if self.spec.mask:
+                self._fetch_mask(size, row, panel)
             sums = self.lanes.zeros(2 * size)
             start = T.bind(panel * (inner * self.panel))
             with T.serial(self.steps) as step:

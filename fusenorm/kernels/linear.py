@@ -16,7 +16,7 @@ import tvm.script.ir_builder.tirx as T
 from fusenorm.kernels.mathfn import Expr, Lanes
 from fusenorm.kernels.program import row_program, symbols
 from fusenorm.kernels.registers import Tile
-from fusenorm.kernels.rows import BUFFER, Emitter, function, narrow, round_to, widen
+from fusenorm.kernels.rows import BUFFER, Emitter, function, narrow, prefetch, round_to, widen
 from fusenorm.ops import DTYPES, Linear, Slot
 from fusenorm.ops.linear import PANEL
 
@@ -132,15 +132,6 @@ def _lines(spec: Linear) -> int:
     return PANEL * DTYPES[spec.dtype].numpy.itemsize // _LINE
 
 
-def _prefetch(element: Expr, level: int) -> None:
-    """Have the element's cache line brought into this level of cache; outside of memory it does
-    nothing.
-    """
-    reading, locality, data = T.int32(0), T.int32(4 - level), T.int32(1)
-    where = T.address_of(element)
-    T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch.p0", where, reading, locality, data))
-
-
 def _padded(size: Expr) -> Expr:
     """Rows a tile of `size` rows is laid out for."""
     return T.bind(size + T.Select(size > 1, size % 2, T.int64(0)))
@@ -171,9 +162,9 @@ def _accumulate(
             panel = place.panel * tile.parts + part
             for column in range(0, tile.width, _LINE // size):
                 later = k + _AHEAD // (PANEL * size)
-                _prefetch(weight[panel, later, place.offset + column], 1)
+                prefetch(weight[panel, later, place.offset + column], 1)
             if 2 * rows > tile.rows:  # as many as one of several tiles has
-                _prefetch(weight[panel, T.int64(0), line * (_LINE // size)], 2)
+                prefetch(weight[panel, T.int64(0), line * (_LINE // size)], 2)
             for vector in range(tile.vectors):
                 column = T.ramp(place.offset + vector * tile.lanes, 1, tile.lanes)
                 stored = weight[panel, k, column]

@@ -281,6 +281,15 @@ class Emitter:
             body(Block(self.lanes, row, at, end - at), 0)
 
 
+def prefetch(element: Expr, level: int) -> None:
+    """Have the element's cache line brought into this level of cache; outside of memory it does
+    nothing.
+    """
+    reading, locality, data = T.int32(0), T.int32(4 - level), T.int32(1)
+    where = T.address_of(element)
+    T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch.p0", where, reading, locality, data))
+
+
 @contextmanager
 def function(name: str) -> Iterator[IRBuilder]:
     with IRBuilder() as builder, T.prim_func(s_tir=True):

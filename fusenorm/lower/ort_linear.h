@@ -4,7 +4,8 @@
    panels. Blocks are as high as lets their part of x stay in the caches of a core while the panels
    pass by: each block reads all of the weight. */
 
-enum { PANEL = 32, BLOCK_BYTES = 1 << 21, LINEAR_TASK = 1 << 20, LAYOUT_TASK = 1 << 15 };
+/* Fewer rows than BOUND_ROWS take no less time: weights must come from memory. */
+enum { PANEL = 32, BLOCK_BYTES = 1 << 21, LINEAR_TASK = 1 << 20, LAYOUT_TASK = 1 << 15, BOUND_ROWS = 8 };
 
 typedef struct {
   const State* state;
@@ -78,7 +79,8 @@ static int64_t linear_tasks(LinearJob* job) {
   int64_t blocks = high > 1 ? (tiles + high - 1) / high : tiles;
   job->row_block = (tiles + blocks - 1) / blocks * job->height;
   blocks = (job->rows + job->row_block - 1) / job->row_block;
-  double work = (double)job->row_block * (double)job->inner * PANEL * job->state->op->parts;
+  double rows = (double)(job->row_block < BOUND_ROWS ? BOUND_ROWS : job->row_block);
+  double work = rows * (double)job->inner * PANEL * job->state->op->parts;
   job->panel_block = 1 + (int64_t)(LINEAR_TASK / (work + 1));
   int64_t most = MAX_TASKS / blocks;
   if (most < 1) most = 1;

@@ -2,9 +2,9 @@
 
 Per row the running maximum and sum of its weights are kept, and y holds the weighted sum of values
 so far; a larger maximum rescales both (arXiv 2205.14135). Keys are transposed into panels once per
-block; a few rows read them as they lie. Rotary positions turn a row on its way into the tile of q or
-the panels of keys (arXiv 2104.09864). Where a mask leaves a tile no weight for the last keys of
-a block, the tile skips them.
+block; a few rows read them as they lie. Rotary positions turn rows on their way into the tile of q
+and into the panels (arXiv 2104.09864). Where a mask leaves a tile no weight for the last keys of a
+block, the tile skips them.
 """
 
 from __future__ import annotations
@@ -205,7 +205,8 @@ class _Kernel:
             turned(at, mask, x, self.lanes.let(self.lanes.let(swapped) * signs))
 
         def rest(at: Expr, mask: Expr) -> None:
-            self._store("scratch", target + size + at, mask, self._load(name, start + size + at, mask))
+            value = self._load(name, start + size + at, mask)
+            self._store("scratch", target + size + at, mask, value)
 
         if self.spec.pairs:
             self._blocks(size, pairs)

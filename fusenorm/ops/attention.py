@@ -74,11 +74,11 @@ class Attention(OpSpec):
         dtypes: tuple[DType, ...] = ("f32", "f64")
         flags = (False, True)
         layouts = ("".join(letters) for letters in itertools.product(_LAYOUTS, repeat=4))
-        turns = [("none", False, False), *itertools.product(("q", "qk"), flags, flags)]
-        for layout, mask, grouped, empty, turn, dtype in itertools.product(
-            layouts, flags, flags, get_args(Empty), turns, dtypes
+        for layout, mask, grouped, empty, rotary, pairs, partial, dtype in itertools.product(
+            layouts, flags, flags, get_args(Empty), get_args(Rotary), flags, flags, dtypes
         ):
-            yield cls(layout, mask, grouped, empty, *turn, dtype)
+            if rotary != "none" or not (pairs or partial):
+                yield cls(layout, mask, grouped, empty, rotary, pairs, partial, dtype)
 
     @property
     def inputs(self) -> tuple[Slot, ...]:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 
 import onnx_ir as ir
 
-from fusenorm.ops.attention import Attention, Empty
+from fusenorm.ops.attention import Attention, Empty, Form
 from fusenorm.passes import facts
 from fusenorm.passes.pattern import Refusal, node_name
 from fusenorm.passes.rewrite import Rewrite
@@ -29,7 +29,7 @@ class Turn:
         source: the rows before.
         cos, sin: the tables.
         width: how many numbers of a row turn.
-        pairs, partial: see Attention.
+        form, partial: see Attention.
         nodes: what turns it, last first.
         computed: shapes it takes from elsewhere, and the value each is the shape of.
     """
@@ -38,14 +38,14 @@ class Turn:
     cos: ir.Value
     sin: ir.Value
     width: int
-    pairs: bool
+    form: Form
     nodes: tuple[ir.Node, ...]
     computed: dict[ir.Value, ir.Value]
     partial: bool = False
 
     def like(self, other: Turn) -> bool:
         """Whether another value is turned in the same way."""
-        names = ("cos", "sin", "pairs", "partial")
+        names = ("cos", "sin", "form", "partial")
         return all(getattr(self, name) == getattr(other, name) for name in names)
 
 
@@ -109,7 +109,7 @@ def rewrite_of(root: ir.Node, site: Site) -> Rewrite:
         site.grouped,
         site.empty,
         "none" if turn is None else "qk" if site.keys_turn else "q",
-        turn is not None and turn.pairs,
+        "halves" if turn is None else turn.form,
         turn is not None and turn.partial,
     )
     mask = () if site.mask is None else (site.mask,)
@@ -135,6 +135,7 @@ def rewrite_of(root: ir.Node, site: Site) -> Rewrite:
 
 
 _ROLES = {"q": "BHSD", "k": "BGTD", "v": "BGTE", "mask": "BHST", "cos": "BHSR", "sin": "BHSR"}
+_CACHE_ROLES = dict.fromkeys(("cos", "sin"), "HBSR")  # three axes at most
 _SIZES = {"B": 2, "H": 6, "G": 3, "S": 5, "T": 7, "D": 4, "E": 3}
 
 
@@ -143,7 +144,8 @@ def _trial(site: Site) -> tuple[dict[ir.Value, tuple[int, ...]], Mapping[str | N
     axes: list[tuple[str, int | ir.SymbolicDim]] = []
     operands: list[tuple[ir.Value, str]] = []
     tables = {} if site.turn is None else {"cos": site.turn.cos, "sin": site.turn.sin}
-    for name, roles in _ROLES.items():
+    cached = site.turn is not None and site.turn.form == "cached"
+    for name, roles in (_ROLES | (_CACHE_ROLES if cached else {})).items():
         value = tables.get(name) or getattr(site, name, None)
         if value is None:
             continue

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 import onnx_ir as ir
 
+from fusenorm.ops.attention import Form
 from fusenorm.passes import facts
 from fusenorm.passes.attention_site import Site, Turn
 from fusenorm.passes.pattern import (
@@ -86,11 +87,13 @@ def _refuse(value: ir.Value, turn: Turn, code: str, detail: str) -> None:
 
 def _fit(turn: Turn) -> bool:
     """Whether the tables provably are of one shape that broadcasts to [B, 1, S, R]."""
-    rank, width = facts.rank(turn.cos), facts.last_dim(turn.cos)
-    if not rank or rank > 4 or width is None or not facts.same_shape(turn.cos, turn.sin):
+    rank, columns = facts.rank(turn.cos), facts.last_dim(turn.cos)
+    if not rank or not columns or not facts.same_shape(turn.cos, turn.sin):
         return False
+    if turn.form == "cached":
+        return rank <= 3 and 2 * columns == turn.width
     heads = turn.cos.shape[-3] if rank > 2 else 1  # type: ignore[index]
-    return heads == 1 and width == turn.width
+    return rank <= 4 and heads == 1 and columns == turn.width
 
 
 def read_turn(value: ir.Value) -> Turn | None:
@@ -113,6 +116,9 @@ def read_turn(value: ir.Value) -> Turn | None:
 
 
 def _read_whole(value: ir.Value) -> Turn | None:
+    node = facts.made_by(value, "RotaryEmbedding")
+    if node is not None:
+        return _read_standard(node)
     for found in matches(_TURNED, value):
         turn = _accept(found) if isinstance(found, State) else None
         if turn is not None:
@@ -120,12 +126,26 @@ def _read_whole(value: ir.Value) -> Turn | None:
     return None
 
 
+def _read_standard(node: ir.Node) -> Turn | None:
+    """The standard RotaryEmbedding of a row per head, by tables of a row per position."""
+    x, cos, sin, *numbers = node.inputs
+    size = facts.last_dim(x) if x is not None else None
+    width = facts.attribute_int(node, "rotary_embedding_dim", 0) or size
+    if x is None or cos is None or sin is None or width is None or size is None:
+        return None
+    interleaved = facts.attribute_int(node, "interleaved", 0)
+    if facts.rank(x) != 4 or interleaved or any(value is not None for value in numbers):
+        return None
+    return Turn(x, cos, sin, width, "cached", (node,), {}, width < size)
+
+
 def _accept(found: State) -> Turn | None:
     """The turn a match is, if its parts are those of x in their places."""
     bound = found.bindings
     x, first, second, other = (bound[name] for name in ("x", "x_1", "x_2", "x_other"))
     paired, width = bound.get("x_paired"), facts.last_dim(x)
-    layout = "interleaved" if paired is not None else "halves"
+    form: Form = "halves" if paired is None else "pairs"
+    layout = "halves" if paired is None else "interleaved"
     parts = [facts.half_of(first), facts.half_of(second)]
     joined = (paired or other).producer()
     if parts != [(x, layout, 0), (x, layout, 1)] or joined is None or not _joins_columns(joined):
@@ -135,7 +155,7 @@ def _accept(found: State) -> Turn | None:
     shape = bound.get("x_shape")
     computed = {shape: other} if shape is not None and facts.constant(shape) is None else {}
     nodes = (*found.nodes, *_producers(first, second))
-    return Turn(x, bound["cos"], bound["sin"], width, paired is not None, nodes, computed)
+    return Turn(x, bound["cos"], bound["sin"], width, form, nodes, computed)
 
 
 def _joins_columns(node: ir.Node) -> bool:

@@ -189,26 +189,27 @@ class _Kernel:
         table = T.bind(position * self.at["table_row"])
         half = T.bind(T.truncdiv(size, T.int64(2)))
 
-        def turned(at: Expr, mask: Expr, x: Expr, other: Expr) -> None:
-            cos, sin = (self._load(each, table + at, mask) for each in ("cos", "sin"))
+        def turned(at: Expr, mask: Expr, column: Expr, x: Expr, other: Expr) -> None:
+            cos, sin = (self._load(each, table + column, mask) for each in ("cos", "sin"))
             self._store("scratch", target + at, mask, self.lanes.let(x * cos + other * sin))
 
         def halves(at: Expr, mask: Expr) -> None:
             first, second = (self._load(name, start + at + part, mask) for part in (0, half))
-            turned(at, mask, first, self.lanes.let(self.lanes.f32(0.0) - second))
-            turned(at + half, mask, second, first)
+            turned(at, mask, at, first, self.lanes.let(self.lanes.f32(0.0) - second))
+            column = at if self.spec.form == "cached" else at + half
+            turned(at + half, mask, column, second, first)
 
         def pairs(at: Expr, mask: Expr) -> None:
             x = self._load(name, start + at, mask)
             swapped = T.Shuffle([x], [T.int32(lane ^ 1) for lane in range(self.width)])
             signs, _ = self.lanes.interleaved(self.lanes.f32(-1.0), self.lanes.f32(1.0))
-            turned(at, mask, x, self.lanes.let(self.lanes.let(swapped) * signs))
+            turned(at, mask, at, x, self.lanes.let(self.lanes.let(swapped) * signs))
 
         def rest(at: Expr, mask: Expr) -> None:
             value = self._load(name, start + size + at, mask)
             self._store("scratch", target + size + at, mask, value)
 
-        if self.spec.pairs:
+        if self.spec.form == "pairs":
             self._blocks(size, pairs)
         else:
             self._blocks(half, halves)

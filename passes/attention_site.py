@@ -40,7 +40,7 @@ class Turn:
     width: int
     form: Form
     nodes: tuple[ir.Node, ...]
-    computed: dict[ir.Value, ir.Value]
+    computed: Mapping[ir.Value, ir.Value] = dataclasses.field(default_factory=dict)
     partial: bool = False
 
     def like(self, other: Turn) -> bool:

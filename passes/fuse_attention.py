@@ -39,7 +39,8 @@ class FuseAttention(Rule):
     as Mul or Div; kᵀ as one Transpose or as Reshape, Transpose, Reshape; NaN weights set to 0 by
     Where and IsNaN; transposes between [B, S, H, D] and [B, H, S, D] around it; heads of k and v
     repeated by Unsqueeze, Expand, Reshape. The standard Attention op with an additive or boolean
-    mask.
+    mask. Rotary positions of q, or of q and k: x·cos + x'·sin of halves or of pairs, of all or of
+    the first numbers of a row, or the standard RotaryEmbedding.
 
     ## Formula
     y = softmax(scale·q·kᵀ + mask)·v.
@@ -53,10 +54,12 @@ class FuseAttention(Rule):
     `shared`: the scores or weights have other readers. `keys`: kᵀ is no transpose. `softcap`,
     `mask_select`, `two_masks`, `scaled_mask`, `scores`: something else happens to the scores.
     `form`: the standard op does more. `axis`, `rank`, `types`, `shapes_not_proved`,
-    `check_failed`.
+    `check_failed`. Rotary positions alone: `rotary_shared`: what is turned has other readers.
+    `rotary_keys`: k is turned otherwise than q. `rotary_tables`: cos and sin provably fit no head.
+    `rotary_form`: the standard op does more.
 
     ## References
-    arXiv 1706.03762, 2205.14135, 2305.13245; ONNX Attention-23.
+    arXiv 1706.03762, 2205.14135, 2305.13245, 2104.09864; ONNX Attention-23, RotaryEmbedding-23.
     """
 
     name = "attention"

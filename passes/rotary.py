@@ -7,7 +7,8 @@ x·cos + x'·sin, where x' is (-x2, x1) of the halves x = (x1, x2), or of the ev
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import get_args
 
 import onnx_ir as ir
 
@@ -16,6 +17,7 @@ from fusenorm.passes import facts
 from fusenorm.passes.attention_site import Site, Turn
 from fusenorm.passes.pattern import (
     Const,
+    Joined,
     Miss,
     Named,
     Op,
@@ -32,20 +34,30 @@ from fusenorm.passes.spelling import add, mul, one_of
 ROTARY = "Rotary"  # what its refusals are reported as
 
 
-def turned(name: str) -> Pattern:
-    """Variable `name` turned by `cos` and `sin`, given its parts `name_1` and `name_2`."""
-    first, second = Var(f"{name}_1"), Var(f"{name}_2")
+def turned(name: str, form: Form) -> Pattern:
+    """Variable `name` turned by `cos` and `sin`; its parts are `name_1` and `name_2`."""
+    x, cos, sin, first, second = map(Var, (name, "cos", "sin", f"{name}_1", f"{name}_2"))
+    if form == "cached":
+        return Named(f"{name}_turned", Op("RotaryEmbedding", (x, cos, sin)))
     minus = one_of(Op("Neg", (second,)), mul(second, Const(-1)))
-    columns = (
-        Op("Unsqueeze", (minus, Var(f"{name}_axis_2"))),
-        Op("Unsqueeze", (first, Var(f"{name}_axis_1"))),
-    )
-    paired = Named(f"{name}_paired", Op("Concat", columns))
-    other = one_of(Op("Concat", (minus, first)), Op("Reshape", (paired, Var(f"{name}_shape"))))
-    return add(mul(Var(name), Var("cos")), mul(Named(f"{name}_other", other), Var("sin")))
+    other: Pattern = Joined((minus, first))
+    if form == "pairs":
+        columns = (
+            Op("Unsqueeze", (minus, Var(f"{name}_axis_2"))),
+            Op("Unsqueeze", (first, Var(f"{name}_axis_1"))),
+        )
+        paired = Named(f"{name}_paired", Joined(columns))
+        other = Named(f"{name}_other", Op("Reshape", (paired, Var(f"{name}_shape"))))
+    return add(mul(x, cos), mul(other, sin))
 
 
-_TURNED = turned("x")
+def _patterns() -> Iterator[tuple[Form, Pattern]]:
+    for form in get_args(Form):
+        whole = turned("x", form)
+        yield form, one_of(whole, Joined((whole, Var("far"))))
+
+
+_TURNED = dict(_patterns())
 
 
 def read_turns(site: Site) -> None:
@@ -53,7 +65,7 @@ def read_turns(site: Site) -> None:
     q = _read(site, site.q)
     k = _read(site, site.k) if site.letters["k"] == "h" else None
     if k is not None and (q is None or not q.like(k)):
-        _refuse(site.k, k, "rotary_keys", f"{site.k.name} is turned otherwise than {site.q.name}")
+        _refuse("rotary_keys", k.nodes, f"{site.k.name} is turned otherwise than {site.q.name}")
         k = None
     if q is None:
         return
@@ -68,21 +80,24 @@ def read_turns(site: Site) -> None:
 
 def _read(site: Site, value: ir.Value) -> Turn | None:
     """How `value` is turned, if the op can do it."""
-    turn = read_turn(value)
+    turn, standard = read_turn(value), facts.made_by(value, "RotaryEmbedding")
     if turn is None:
+        if standard is not None:
+            _refuse("rotary_form", (standard,), "looks rows up, or turns no halves of four axes")
         return None
     readers = {use.node for use in value.uses()} - set(site.nodes)
     if value.is_graph_output() or any(node.op_type != "Shape" for node in readers):
-        _refuse(value, turn, "rotary_shared", f"{value.name} has other readers")
+        _refuse("rotary_shared", turn.nodes, f"{value.name} has other readers")
     elif not _fit(turn):
-        _refuse(value, turn, "rotary_tables", f"{turn.cos.name} or {turn.sin.name} is no table")
+        detail = f"{turn.cos.name}, {turn.sin.name} are not provably [B, 1, S, {turn.width}]"
+        _refuse("rotary_tables", turn.nodes, detail)
     else:
         return turn
     return None
 
 
-def _refuse(value: ir.Value, turn: Turn, code: str, detail: str) -> None:
-    remember(Miss(turn.nodes, Refusal(code, node_name(value.producer()), detail)), ROTARY)
+def _refuse(code: str, nodes: tuple[ir.Node, ...], detail: str) -> None:
+    remember(Miss(nodes, Refusal(code, node_name(nodes[0]), detail)), ROTARY)
 
 
 def _fit(turn: Turn) -> bool:
@@ -98,73 +113,64 @@ def _fit(turn: Turn) -> bool:
 
 def read_turn(value: ir.Value) -> Turn | None:
     """How `value` is turned, or its first numbers are."""
-    joined = facts.made_by(value, "Concat")
-    if joined is None or len(joined.inputs) != 2:
-        return _read_whole(value)
-    near, far = joined.inputs
-    if near is None or far is None or not _joins_columns(joined):
-        return None
-    turn, rest = _read_whole(near), facts.columns_of(far)
-    cut = facts.columns_of(turn.source) if turn is not None else None
-    if turn is None or cut is None or rest is None or cut.source is not rest.source:
-        return None
-    size = cut.size
-    if cut.places != range(turn.width) or rest.places != range(turn.width, size):
-        return None
-    nodes = (joined, *turn.nodes, *_producers(turn.source, far))
-    return dataclasses.replace(turn, source=cut.source, partial=turn.width < size, nodes=nodes)
-
-
-def _read_whole(value: ir.Value) -> Turn | None:
-    node = facts.made_by(value, "RotaryEmbedding")
-    if node is not None:
-        return _read_standard(node)
-    for found in matches(_TURNED, value):
-        turn = _accept(found) if isinstance(found, State) else None
-        if turn is not None:
-            return turn
+    for form, pattern in _TURNED.items():
+        for found in matches(pattern, value):
+            turn = _accept(found, form) if isinstance(found, State) else None
+            if turn is not None:
+                return turn
     return None
 
 
-def _read_standard(node: ir.Node) -> Turn | None:
-    """The standard RotaryEmbedding of a row per head, by tables of a row per position."""
-    x, cos, sin, *numbers = node.inputs
-    size = facts.last_dim(x) if x is not None else None
-    width = facts.attribute_int(node, "rotary_embedding_dim", 0) or size
-    if x is None or cos is None or sin is None or width is None or size is None:
-        return None
-    interleaved = facts.attribute_int(node, "interleaved", 0)
-    if facts.rank(x) != 4 or interleaved or any(value is not None for value in numbers):
-        return None
-    return Turn(x, cos, sin, width, "cached", (node,), {}, width < size)
-
-
-def _accept(found: State) -> Turn | None:
-    """The turn a match is, if its parts are those of x in their places."""
+def _accept(found: State, form: Form) -> Turn | None:
+    """The turn a match is, if every part is in its place."""
     bound = found.bindings
-    x, first, second, other = (bound[name] for name in ("x", "x_1", "x_2", "x_other"))
-    paired, width = bound.get("x_paired"), facts.last_dim(x)
-    form: Form = "halves" if paired is None else "pairs"
-    layout = "halves" if paired is None else "interleaved"
+    x, far = bound["x"], bound.get("far")
+    size = facts.last_dim(x)
+    if size is None:
+        return None
+    plain = Turn(x, bound["cos"], bound["sin"], size, form, found.nodes)
+    turn = _standard(plain, bound["x_turned"]) if form == "cached" else _written(plain, bound)
+    return turn if turn is None or far is None else _extended(turn, far)
+
+
+def _standard(turn: Turn, value: ir.Value) -> Turn | None:
+    """With what the attributes of the standard op say."""
+    node = value.producer()
+    assert node is not None
+    if facts.rank(turn.source) != 4 or facts.attribute_int(node, "interleaved", 0):
+        return None
+    width = facts.attribute_int(node, "rotary_embedding_dim", 0) or turn.width
+    return dataclasses.replace(turn, width=width, partial=width < turn.width)
+
+
+def _written(turn: Turn, bound: Mapping[str, ir.Value]) -> Turn | None:
+    """With the nodes that take x apart, if they do, and put it together again."""
+    x, first, second = (bound[name] for name in ("x", "x_1", "x_2"))
+    layout = "halves" if turn.form == "halves" else "interleaved"
     parts = [facts.half_of(first), facts.half_of(second)]
-    joined = (paired or other).producer()
-    if parts != [(x, layout, 0), (x, layout, 1)] or joined is None or not _joins_columns(joined):
+    if parts != [(x, layout, 0), (x, layout, 1)]:
         return None
-    if width is None or (paired is not None and not _alternates(paired, other, x, width)):
+    computed = {}
+    if turn.form == "pairs":
+        paired, other, shape = (bound[name] for name in ("x_paired", "x_other", "x_shape"))
+        pair = (turn.width // 2, 2)
+        if facts.trailing_dims(paired, 2) != pair or not facts.same_shape(other, x):
+            return None
+        computed = {shape: other} if facts.constant(shape) is None else {}
+    nodes = (*turn.nodes, *_producers(first, second))
+    return dataclasses.replace(turn, nodes=nodes, computed=computed)
+
+
+def _extended(turn: Turn, far: ir.Value) -> Turn | None:
+    """With the columns beside it, which do not turn, if they are the rest of the row."""
+    near, rest = facts.columns_of(turn.source), facts.columns_of(far)
+    if near is None or rest is None or near.source is not rest.source:
         return None
-    shape = bound.get("x_shape")
-    computed = {shape: other} if shape is not None and facts.constant(shape) is None else {}
-    nodes = (*found.nodes, *_producers(first, second))
-    return Turn(x, bound["cos"], bound["sin"], width, form, nodes, computed)
-
-
-def _joins_columns(node: ir.Node) -> bool:
-    return facts.is_last_axis(facts.attribute_int(node, "axis", 0), node.outputs[0])
-
-
-def _alternates(paired: ir.Value, other: ir.Value, x: ir.Value, width: int) -> bool:
-    """Whether `other` provably is `paired`, [.., width / 2, 2], in the shape of x."""
-    return facts.trailing_dims(paired, 2) == (width // 2, 2) and facts.same_shape(other, x)
+    if near.places != range(turn.width) or rest.places != range(turn.width, near.size):
+        return None
+    nodes = (*turn.nodes, *_producers(turn.source, far))
+    partial = turn.width < near.size
+    return dataclasses.replace(turn, source=near.source, partial=partial, nodes=nodes)
 
 
 def _producers(*values: ir.Value) -> Iterator[ir.Node]:

@@ -56,7 +56,7 @@ class FuseAttention(Rule):
     `form`: the standard op does more. `axis`, `rank`, `types`, `shapes_not_proved`,
     `check_failed`. Rotary positions alone: `rotary_shared`: what is turned has other readers.
     `rotary_keys`: k is turned otherwise than q. `rotary_tables`: cos and sin provably fit no head.
-    `rotary_form`: the standard op does more.
+    `rotary_form`: the standard op does more. `other_graph`: it turns outside the attention's body.
 
     ## References
     arXiv 1706.03762, 2205.14135, 2305.13245, 2104.09864; ONNX Attention-23, RotaryEmbedding-23.

@@ -86,7 +86,10 @@ def _read(site: Site, value: ir.Value) -> Turn | None:
             _refuse("rotary_form", (standard,), "looks rows up, or turns no halves of four axes")
         return None
     readers = {use.node for use in value.uses()} - set(site.nodes)
-    if value.is_graph_output() or any(node.op_type != "Shape" for node in readers):
+    if any(node.graph is not site.root.graph for node in turn.nodes):
+        detail = f"{value.name} is computed once outside this body"
+        _refuse("other_graph", turn.nodes, detail)
+    elif value.is_graph_output() or any(node.op_type != "Shape" for node in readers):
         _refuse("rotary_shared", turn.nodes, f"{value.name} has other readers")
     elif not _fit(turn):
         detail = f"{turn.cos.name}, {turn.sin.name} are not provably [B, 1, S, {turn.width}]"

@@ -11,9 +11,11 @@ import pytest
 import fusenorm
 from fusenorm.ops.attention import Form
 from fusenorm.passes import facts
-from fusenorm.passes.fuse_attention import FuseAttention
+from fusenorm.passes.fuse_attention import FuseAttention, FuseAttentions
+from fusenorm.passes.rewrite import MISS_KEY
 from fusenorm.passes.rotary import turned
 from fusenorm.passes.speller import Speller, spellings
+from fusenorm.passes.validate import Validator
 from fusenorm.pipeline import lower_regions
 from tests.graphs import model, proposed
 from tests.passes.test_fuse_attention import COPY, fuse, graph
@@ -289,6 +291,23 @@ def test_keys_for_a_cache_stay_as_they_are_and_the_report_says_so() -> None:
     ]
     assert sites[0].output == "kt"
     assert set(sites[0].nodes) == {"kt", "kc", "ks", "ko", "kn", "k1", "k2"}
+
+
+def test_what_turns_outside_a_body_is_computed_once() -> None:
+    inside = KEYS.format("kt") + REST.format("qt").replace("y =", "z =")
+    body = f"""{Q}{K}flag = Constant <value_int = 1> ()
+        on = Cast <to = 9> (flag)
+        y = If (on) <
+            then_branch = yes () => (float[b,6,s,8] z) {{ {inside} }},
+            else_branch = no () => (float[b,6,s,8] w) {{ w = Neg (v) }}
+        >"""
+    proto = model(body, INPUTS, OUT, constants=NUMBERS)
+    work = fusenorm.optimize(proto).model
+    FuseAttentions(Validator())(work)
+    kinds = [node.op_type for node in work.graph.all_nodes()]
+    assert "Attention_hhhh" in kinds
+    misses = [node.meta[MISS_KEY][1].refusal.code for node in work.graph if MISS_KEY in node.meta]
+    assert set(misses) == {"other_graph"}
 
 
 def test_a_proof_catches_what_is_read_wrong(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -83,7 +83,7 @@ def _read(site: Site, value: ir.Value) -> Turn | None:
     turn, standard = read_turn(value), facts.made_by(value, "RotaryEmbedding")
     if turn is None:
         if standard is not None:
-            _refuse("rotary_form", (standard,), "looks rows up, or turns no halves of four axes")
+            _refuse("rotary_form", (standard,), "it looks rows up, or turns pairs")
         return None
     readers = {use.node for use in value.uses()} - set(site.nodes)
     if any(node.graph is not site.root.graph for node in turn.nodes):
@@ -105,13 +105,12 @@ def _refuse(code: str, nodes: tuple[ir.Node, ...], detail: str) -> None:
 
 def _fit(turn: Turn) -> bool:
     """Whether the tables provably are of one shape that broadcasts to [B, 1, S, R]."""
-    rank, columns = facts.rank(turn.cos), facts.last_dim(turn.cos)
-    if not rank or not columns or not facts.same_shape(turn.cos, turn.sin):
-        return False
+    dims = list(turn.cos.shape or ())
     if turn.form == "cached":
-        return rank <= 3 and 2 * columns == turn.width
-    heads = turn.cos.shape[-3] if rank > 2 else 1  # type: ignore[index]
-    return rank <= 4 and heads == 1 and columns == turn.width
+        fit = len(dims) <= 3 and dims[-1:] == [turn.width / 2]
+    else:
+        fit = len(dims) <= 4 and dims[-1:] == [turn.width] and dims[-3:-2] in ([], [1])
+    return fit and facts.same_shape(turn.cos, turn.sin)
 
 
 def read_turn(value: ir.Value) -> Turn | None:
@@ -140,7 +139,7 @@ def _standard(turn: Turn, value: ir.Value) -> Turn | None:
     """With what the attributes of the standard op say."""
     node = value.producer()
     assert node is not None
-    if facts.rank(turn.source) != 4 or facts.attribute_int(node, "interleaved", 0):
+    if facts.attribute_int(node, "interleaved", 0):
         return None
     width = facts.attribute_int(node, "rotary_embedding_dim", 0) or turn.width
     return dataclasses.replace(turn, width=width, partial=width < turn.width)

@@ -163,6 +163,7 @@ def _both(kind: str) -> str:
         ("qk_cached", CACHED.replace("Embedding", "Embedding <interleaved = 0>") + TAIL, CACHES),
         ("q_cached", CACHED.replace("(k, cos, sin", "(k, cos, sin, at") + TAIL,
          CACHES + ", int64[b,s] at"),
+        ("", CACHED + TAIL, CACHES.replace("b,6,s,8] q", "b,6,s,d] q")),
         ("", CACHED + TAIL, CACHES.replace("b,s,4", "b,1,s,4")),
         ("", CACHED + TAIL, CACHES.replace("b,s,4", "b,s,8")),
         ("", CACHED + TAIL, CACHES.replace("b,s,4] sin", "b,t,4] sin")),
@@ -252,8 +253,8 @@ SHARED = "{}\n extra = Neg ({})"
         ("_rotary_qk", None, WRITTEN, INPUTS),
         ("_grouped_rotary_qk", None, REPEATED, GROUPED),
         ("_rotary_q", None, ONLY_Q, INPUTS),
-        ("_rotary_qk_pairs", None, "same2 = Shape (q)\n" + PAIRED.replace(", same)", ", same2)"),
-         INPUTS),
+        ("_rotary_qk_pairs", None, "same2 = Shape (like)\n" + PAIRED.replace(", same)", ", same2)"),
+         INPUTS + ", float[b,6,s,8] like"),
         ("_rotary_qk", None, WRITTEN, _both("[1,1,1,8]")),
         ("_rotary_q", "rotary_shared", SHARED.format(WRITTEN, "kt"), INPUTS),
         ("", "rotary_shared", SHARED.format(ONLY_Q, "qt"), INPUTS),
@@ -276,7 +277,9 @@ def test_graphs(turns: str, code: str | None, body: str, inputs: str) -> None:
     del constants["c"]
     opset = 23 if "Rotary" in body else 18
     proto = graph(body, inputs, outputs, opset=opset, **constants)
-    _, fused, codes = fuse(proto, "Rotary")
+    after, fused, codes = fuse(proto, "Rotary")
+    left = {node.op_type for node in after.graph.node} & {"Neg", "Concat", "RotaryEmbedding"}
+    assert not left or code
     assert fused == [f"Attention_hhhh{turns}"]
     assert codes == ({code} if code else set())
 
@@ -293,21 +296,39 @@ def test_keys_for_a_cache_stay_as_they_are_and_the_report_says_so() -> None:
     assert set(sites[0].nodes) == {"kt", "kc", "ks", "ko", "kn", "k1", "k2"}
 
 
-def test_what_turns_outside_a_body_is_computed_once() -> None:
-    inside = KEYS.format("kt") + REST.format("qt").replace("y =", "z =")
-    body = f"""{Q}{K}flag = Constant <value_int = 1> ()
+@pytest.mark.parametrize(
+    ("outside", "inside", "codes"),
+    [
+        (Q + K, "", {"other_graph"}),
+        (HALVES.format("q"), SUM.format("q") + K, {"other_graph", "rotary_keys"}),
+    ],
+)
+def test_what_turns_outside_a_body_is_computed_once(
+    outside: str, inside: str, codes: set[str]
+) -> None:
+    tail = KEYS.format("kt") + REST.format("qt").replace("y =", "z =")
+    body = f"""{outside}flag = Constant <value_int = 1> ()
         on = Cast <to = 9> (flag)
         y = If (on) <
-            then_branch = yes () => (float[b,6,s,8] z) {{ {inside} }},
+            then_branch = yes () => (float[b,6,s,8] z) {{ {inside}{tail} }},
             else_branch = no () => (float[b,6,s,8] w) {{ w = Neg (v) }}
         >"""
     proto = model(body, INPUTS, OUT, constants=NUMBERS)
     work = fusenorm.optimize(proto).model
     FuseAttentions(Validator())(work)
-    kinds = [node.op_type for node in work.graph.all_nodes()]
-    assert "Attention_hhhh" in kinds
-    misses = [node.meta[MISS_KEY][1].refusal.code for node in work.graph if MISS_KEY in node.meta]
-    assert set(misses) == {"other_graph"}
+    nodes = list(work.graph.all_nodes())
+    assert "Attention_hhhh" in [node.op_type for node in nodes]
+    misses = [node.meta[MISS_KEY] for node in nodes if MISS_KEY in node.meta]
+    assert {miss.refusal.code for op, miss in misses if op == "Rotary"} == codes
+
+
+def test_a_standard_op_that_does_more_is_named() -> None:
+    body = CACHED.replace("Embedding", "Embedding <interleaved = 1>") + TAIL
+    proto = model(body, CACHES, OUT, opset=23, constants=NUMBERS, ir_version=10)
+    _, sites = lower_regions(fusenorm.optimize(proto).model)
+    refused = [site for site in sites if site.op == "Rotary"]
+    assert [site.reason for site in refused] == ["rotary_form"] * 2
+    assert refused[0].detail == f"{refused[0].nodes[0]}: it looks rows up, or turns pairs"
 
 
 def test_a_proof_catches_what_is_read_wrong(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ from fusenorm.passes.fold_batch_norm import OP as BATCH_NORM
 from fusenorm.passes.fuse_residual import FuseResidual
 from fusenorm.passes.pattern import Miss, node_name
 from fusenorm.passes.rewrite import MISS_KEY, RULE_KEY, SOURCE_KEY
+from fusenorm.passes.rotary import ROTARY
 from fusenorm.passes.unfuse_contrib import TABLE as CONTRIB
 
 Status = Literal["fused", "native", "refused"]
@@ -150,17 +151,18 @@ def collect_sites(model: ir.Model) -> list[Site]:
 
 
 def collect_regions(model: ir.Model) -> list[Site]:
-    """Contractions of a compiled model: fused with what surrounds them, or why not."""
+    """Contractions of a compiled model, rotary positions around them: fused, or why not."""
     sites = []
     for graph in model.graphs():
         for node in graph:
+            known = node.meta.get(MISS_KEY)
             if node.domain == DOMAIN and isinstance(parse(node.op_type), REGIONS):
                 sites.append(_fused(node))
-            elif node.op_type in CONTRACTIONS and node.domain == "" and MISS_KEY in node.meta:
-                op = node.meta[MISS_KEY][0]
-                if op not in CONTRACTIONS.values():
-                    op = CONTRACTIONS[node.op_type]
+            elif node.op_type in CONTRACTIONS and node.domain == "" and known:
+                op = known[0] if known[0] in CONTRACTIONS.values() else CONTRACTIONS[node.op_type]
                 sites.append(_left(node, op, "refused"))
+            elif known and known[0] == ROTARY and node is known[1].nodes[0]:
+                sites.append(_left(node, ROTARY, "refused"))
     return sites
 
 

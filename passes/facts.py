@@ -290,16 +290,41 @@ def half_of(value: ir.Value) -> tuple[ir.Value, str, int] | None:
     view = view_of(value)
     if view is not None:
         return view.source, "halves" if view.axis == -2 else "interleaved", view.part
-    size = last_dim(source)
-    taken = _taken(value, size) if size and size % 2 == 0 else None
-    if size is None or taken is None or not taken.keeps or not is_last_axis(taken.axis, source):
+    found = columns_of(value)
+    if found is None or found.size % 2:
         return None
     for part in (0, 1):
-        if taken.places == range(part * size // 2, (part + 1) * size // 2):
+        if found.places == range(part * found.size // 2, (part + 1) * found.size // 2):
             return source, "halves", part
-        if taken.places == range(part, size, 2):
+        if found.places == range(part, found.size, 2):
             return source, "interleaved", part
     return None
+
+
+@dataclasses.dataclass(frozen=True)
+class Columns:
+    """Some columns of a row.
+
+    Attributes:
+        source: the row.
+        size: how many columns it has.
+        places: which of them.
+    """
+
+    source: ir.Value
+    size: int
+    places: range
+
+
+def columns_of(value: ir.Value) -> Columns | None:
+    """The columns `value` is, if a Slice or Gather with constants takes them of the last axis."""
+    node = value.producer()
+    source = node.inputs[0] if node is not None and node.inputs else None
+    size = last_dim(source) if source is not None else None
+    taken = _taken(value, size) if size else None
+    if source is None or not size or taken is None or not taken.keeps:
+        return None
+    return Columns(source, size, taken.places) if is_last_axis(taken.axis, source) else None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,56 +5,30 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Iterable, Mapping
 
 import numpy as np
 import onnx_ir as ir
 
-from fusenorm.ops.attention import Attention, Empty
+from fusenorm.ops.attention import Empty
 from fusenorm.passes import facts
-from fusenorm.passes.pattern import Miss, Op, Pattern, Refusal, Scalar, Speller, Var, node_name
+from fusenorm.passes.attention_site import (
+    Refused,
+    Site,
+    check_operands,
+    input_of,
+    is_inside,
+    rewrite_of,
+    same,
+)
+from fusenorm.passes.pattern import Miss, Op, Pattern, Scalar, Speller, Var, node_name
 from fusenorm.passes.rewrite import Check, Rewrite, RewritePass, Rule
+from fusenorm.passes.rotary import read_turns
 from fusenorm.passes.spelling import add, mul, one_of
 
 _SWAPPED = (0, 1, 3, 2)
 _SEQUENCE = (0, 2, 1, 3)
 _SEQUENCE_SWAPPED = (0, 2, 3, 1)
 _SCORE_OPS = {"Tanh": "softcap", "Where": "mask_select"}
-
-
-class _Refused(Exception):
-    """A candidate that is none; carries why."""
-
-    def __init__(self, code: str, node: ir.Node | None, detail: str) -> None:
-        super().__init__(detail)
-        self.refusal = Refusal(code, node_name(node), detail)
-
-
-@dataclasses.dataclass
-class _Site:
-    """What has been read of one attention.
-
-    Attributes:
-        q, k, v: the operands, heads-first unless their letter says `s`.
-        mask: what is added to the scores.
-        scale: the product of the factors found.
-        empty: see Attention.
-        grouped: whether heads of k and v are shared.
-        nodes: what computes it, last first.
-        computed: shapes the source takes from elsewhere, and the value each is the shape of.
-    """
-
-    root: ir.Node
-    q: ir.Value
-    k: ir.Value
-    v: ir.Value
-    mask: ir.Value | None = None
-    scale: float = 1.0
-    empty: Empty = "nan"
-    grouped: bool = False
-    letters: dict[str, str] = dataclasses.field(default_factory=lambda: dict.fromkeys("qkvy", "h"))
-    nodes: list[ir.Node] = dataclasses.field(default_factory=list)
-    computed: dict[ir.Value, ir.Value] = dataclasses.field(default_factory=dict)
 
 
 class FuseAttention(Rule):
@@ -65,7 +39,8 @@ class FuseAttention(Rule):
     as Mul or Div; kᵀ as one Transpose or as Reshape, Transpose, Reshape; NaN weights set to 0 by
     Where and IsNaN; transposes between [B, S, H, D] and [B, H, S, D] around it; heads of k and v
     repeated by Unsqueeze, Expand, Reshape. The standard Attention op with an additive or boolean
-    mask.
+    mask. Rotary positions of q, or of q and k: x·cos + x'·sin of halves or of pairs, of all or of
+    the first numbers of a row, or the standard RotaryEmbedding.
 
     ## Formula
     y = softmax(scale·q·kᵀ + mask)·v.
@@ -79,10 +54,12 @@ class FuseAttention(Rule):
     `shared`: the scores or weights have other readers. `keys`: kᵀ is no transpose. `softcap`,
     `mask_select`, `two_masks`, `scaled_mask`, `scores`: something else happens to the scores.
     `form`: the standard op does more. `axis`, `rank`, `types`, `shapes_not_proved`,
-    `check_failed`.
+    `check_failed`. Rotary positions alone: `rotary_shared`: what is turned has other readers.
+    `rotary_keys`: k is turned otherwise than q. `rotary_tables`: cos and sin provably fit no head.
+    `rotary_form`: the standard op does more. `other_graph`: it turns outside the attention's body.
 
     ## References
-    arXiv 1706.03762, 2205.14135, 2305.13245; ONNX Attention-23.
+    arXiv 1706.03762, 2205.14135, 2305.13245, 2104.09864; ONNX Attention-23, RotaryEmbedding-23.
     """
 
     name = "attention"
@@ -131,7 +108,7 @@ class FuseAttention(Rule):
             moves = [root, *_read_idle(root)]
             value = moves[-1].inputs[0]
             found = value.producer() if value is not None else None
-            if facts.permutation(root) != _SEQUENCE or value is None or not _is_inside(value):
+            if facts.permutation(root) != _SEQUENCE or value is None or not is_inside(value):
                 return None
             if found is None or found.op_type not in ("MatMul", "Attention") or found.domain != "":
                 return None
@@ -145,9 +122,9 @@ class FuseAttention(Rule):
                 site.letters["y"] = "s"
                 for move in moves[1:]:
                     _note_shape(site, move)
-            _check_operands(site)
-            return _rewrite(root, site)
-        except _Refused as refused:
+            check_operands(site)
+            return rewrite_of(root, site)
+        except Refused as refused:
             return Miss((node,), refused.refusal)
 
 
@@ -169,11 +146,11 @@ class FuseAttentions(RewritePass):
 # -- reading a graph
 
 
-def _read_written(product: ir.Node) -> _Site | None:
+def _read_written(product: ir.Node) -> Site | None:
     """The attention whose last product this is; None where no Softmax leads to it.
 
     Raises:
-        _Refused: it is one that cannot be fused.
+        Refused: it is one that cannot be fused.
     """
     weights, v = product.inputs
     if weights is None or v is None:
@@ -185,11 +162,11 @@ def _read_written(product: ir.Node) -> _Site | None:
         return None
     axis = facts.attribute_int(softmax, "axis", -1)
     if not facts.is_last_axis(axis, weights):
-        raise _Refused("axis", softmax, f"softmax over axis {axis}, not provably the last one")
-    if empty == "nan" and not _is_inside(weights):
-        raise _Refused("shared", softmax, f"{weights.name} has other readers")
+        raise Refused("axis", softmax, f"softmax over axis {axis}, not provably the last one")
+    if empty == "nan" and not is_inside(weights):
+        raise Refused("shared", softmax, f"{weights.name} has other readers")
     nodes.append(softmax)
-    site = _Site(product, v, v, v, empty=empty, nodes=nodes)
+    site = Site(product, v, v, v, empty=empty, nodes=nodes)
     scores = softmax.inputs[0]
     assert scores is not None
     last = _read_scores(site, scores)
@@ -203,12 +180,12 @@ def _read_written(product: ir.Node) -> _Site | None:
 
 def _read_idle(reader: ir.Node) -> list[ir.Node]:
     """The Reshape in front of `reader` if it provably changes nothing."""
-    value = _input(reader)
+    value = input_of(reader)
     node = facts.made_by(value, "Reshape")
-    if node is None or not _is_inside(value):
+    if node is None or not is_inside(value):
         return []
-    source = _input(node)
-    return [node] if source.shape is not None and _same(value.shape, source.shape) else []
+    source = input_of(node)
+    return [node] if source.shape is not None and same(value.shape, source.shape) else []
 
 
 def _read_safe(weights: ir.Value, nodes: list[ir.Node]) -> tuple[ir.Value, Empty]:
@@ -220,18 +197,18 @@ def _read_safe(weights: ir.Value, nodes: list[ir.Node]) -> tuple[ir.Value, Empty
     test = facts.made_by(condition, "IsNaN")
     if test is None or test.inputs[0] is not source or source is None or facts.scalar(zero) != 0.0:
         return weights, "nan"
-    if not _is_inside(weights) or not _is_inside(source, 2):
-        raise _Refused("shared", where, f"{source.name} has other readers")
+    if not is_inside(weights) or not is_inside(source, 2):
+        raise Refused("shared", where, f"{source.name} has other readers")
     nodes += [where, test]
     return source, "safe"
 
 
-def _read_scores(site: _Site, scores: ir.Value) -> ir.Node:
+def _read_scores(site: Site, scores: ir.Value) -> ir.Node:
     """The product of q and kᵀ in the scores; takes factors and the mask on the way."""
     while True:
         node = scores.producer()
-        if not _is_inside(scores) or node is None or node.domain != "":
-            raise _Refused(
+        if not is_inside(scores) or node is None or node.domain != "":
+            raise Refused(
                 "shared", node, f"the scores {scores.name} have other readers or come from outside"
             )
         site.nodes.append(node)
@@ -244,18 +221,18 @@ def _read_scores(site: _Site, scores: ir.Value) -> ir.Node:
             continue
         if node.op_type != "Add":
             code = _SCORE_OPS.get(node.op_type, "scores")
-            raise _Refused(code, node, f"{node.op_type} changes the scores before the softmax")
+            raise Refused(code, node, f"{node.op_type} changes the scores before the softmax")
         if site.mask is not None:
-            raise _Refused("two_masks", node, "two masks are added to the scores")
+            raise Refused("two_masks", node, "two masks are added to the scores")
         if site.scale != 1.0:
-            raise _Refused("scaled_mask", node, "the mask is scaled with the scores")
+            raise Refused("scaled_mask", node, "the mask is scaled with the scores")
         operands = [value for value in node.inputs if value is not None and _has_product(value)]
         if not operands:
             found = [code for value in node.inputs for code in _obstacles(value)]
             detail = f"{node_name(node)} adds no product of q and k"
-            raise _Refused(found[0] if found else "scores", node, detail)
+            raise Refused(found[0] if found else "scores", node, detail)
         if len(operands) != 1:
-            raise _Refused("scores", node, f"both sides of {node_name(node)} are products")
+            raise Refused("scores", node, f"both sides of {node_name(node)} are products")
         (scores,) = operands
         (site.mask,) = (value for value in node.inputs if value is not scores)
 
@@ -295,7 +272,7 @@ def _factor(node: ir.Node) -> tuple[ir.Value, float] | None:
     return None
 
 
-def _strip_factors(site: _Site, value: ir.Value) -> ir.Value:
+def _strip_factors(site: Site, value: ir.Value) -> ir.Value:
     while True:
         node = value.producer()
         factored = _factor(node) if node is not None else None
@@ -306,25 +283,26 @@ def _strip_factors(site: _Site, value: ir.Value) -> ir.Value:
         site.scale *= factor
 
 
-def _read_operands(site: _Site, keys: ir.Value) -> None:
+def _read_operands(site: Site, keys: ir.Value) -> None:
     """Everything behind kᵀ, q and v that only moves data."""
     node = keys.producer()
     permutation = facts.permutation(node)
     if node is not None and permutation in (_SWAPPED, _SEQUENCE_SWAPPED):
         site.nodes.append(node)
-        site.k = _input(node)
+        site.k = input_of(node)
         site.letters["k"] = "s" if permutation == _SEQUENCE_SWAPPED else "h"
     else:
         site.k = _read_flat_swap(site, keys)
     site.k = _strip_factors(site, site.k)
     if site.letters["k"] == "h":
         _read_groups(site)
+    read_turns(site)
     for name in "qkv":
         if site.letters[name] == "h":
             _read_sequence(site, name)
 
 
-def _read_flat_swap(site: _Site, keys: ir.Value) -> ir.Value:
+def _read_flat_swap(site: Site, keys: ir.Value) -> ir.Value:
     """k where kᵀ is Reshape(Transpose(Reshape(k))), [B, H, T, D] being [B·H, T, D] in between."""
     chain = []
     value = keys
@@ -332,24 +310,24 @@ def _read_flat_swap(site: _Site, keys: ir.Value) -> ir.Value:
         node = facts.made_by(value, op_type)
         if node is None:
             detail = f"{keys.name} is no transpose of the keys"
-            raise _Refused("keys", value.producer(), detail)
+            raise Refused("keys", value.producer(), detail)
         chain.append(node)
-        value = _input(node)
+        value = input_of(node)
     flat = chain[1].inputs[0]
     assert flat is not None
     shapes = [facts.rank(value), facts.rank(flat), facts.rank(keys)]
     if shapes != [4, 3, 4] or facts.permutation(chain[1]) != (0, 2, 1):
-        raise _Refused("keys", chain[1], f"{keys.name} is no transpose of the keys")
+        raise Refused("keys", chain[1], f"{keys.name} is no transpose of the keys")
     batch, heads, rows, inner = value.shape  # type: ignore[misc]
-    if not _same(flat.shape[1:], (rows, inner)) or not _same(  # type: ignore[index]
+    if not same(flat.shape[1:], (rows, inner)) or not same(  # type: ignore[index]
         keys.shape, (batch, heads, inner, rows)
     ):
-        raise _Refused("keys", chain[0], f"{keys.name} is not provably a transpose of the keys")
+        raise Refused("keys", chain[0], f"{keys.name} is not provably a transpose of the keys")
     site.nodes += chain
     return value
 
 
-def _read_groups(site: _Site) -> None:
+def _read_groups(site: Site) -> None:
     """Through the repetition of heads of k and v, if both are the same."""
     k, v = _read_repeat(site.k), _read_repeat(site.v)
     if k is None or v is None or site.q.shape is None or site.q.shape.rank() != 4:
@@ -366,7 +344,7 @@ def _read_groups(site: _Site) -> None:
             _note_shape(site, node)
 
 
-def _note_shape(site: _Site, node: ir.Node) -> None:
+def _note_shape(site: Site, node: ir.Node) -> None:
     """The source may take the shape of a Reshape or Expand from values outside the match."""
     shape = node.inputs[1]
     assert shape is not None
@@ -390,7 +368,7 @@ def _read_repeat(value: ir.Value) -> _Repeat | None:
         if node is None:
             return None
         nodes.append(node)
-        value = _input(node)
+        value = input_of(node)
     axes = facts.constant(nodes[2].inputs[1])
     expanded = nodes[1].outputs[0]
     if axes is None or axes.reshape(-1).tolist() not in ([2], [-3]) or facts.rank(value) != 4:
@@ -399,51 +377,50 @@ def _read_repeat(value: ir.Value) -> _Repeat | None:
     if facts.rank(expanded) != 5 or facts.rank(result) != 4 or not isinstance(heads, int):
         return None
     copies = expanded.shape[2]  # type: ignore[index]
-    if not isinstance(copies, int) or not _same(
-        expanded.shape, (batch, heads, copies, rows, inner)
-    ):
+    if not isinstance(copies, int) or not same(expanded.shape, (batch, heads, copies, rows, inner)):
         return None
-    if not _same(result.shape, (batch, heads * copies, rows, inner)):
+    if not same(result.shape, (batch, heads * copies, rows, inner)):
         return None
     return _Repeat(value, result, tuple(nodes))
 
 
-def _read_sequence(site: _Site, name: str) -> None:
+def _read_sequence(site: Site, name: str) -> None:
     """Through the transpose from sequence-first to heads-first."""
     node = getattr(site, name).producer()
     if facts.permutation(node) == _SEQUENCE:
         site.nodes.append(node)
-        setattr(site, name, _input(node))
+        setattr(site, name, input_of(node))
         site.letters[name] = "s"
 
 
-def read_standard(node: ir.Node) -> _Site:
+def read_standard(node: ir.Node) -> Site:
     """The standard Attention op.
 
     Raises:
-        _Refused: it does more than the fused op.
+        Refused: it does more than the fused op.
     """
     q, k, v, mask, *past = (*node.inputs, None, None)[: max(len(node.inputs), 4)]
     assert q is not None
     assert k is not None
     assert v is not None
     if any(value is not None for value in past) or any(out.name for out in node.outputs[1:]):
-        raise _Refused("form", node, "keeps past keys and values, or gives its scores")
+        raise Refused("form", node, "keeps past keys and values, or gives its scores")
     for name in ("is_causal", "softcap", "q_num_heads", "kv_num_heads", "softmax_precision"):
         attribute = node.attributes.get(name)
         if attribute is not None and attribute.value:
-            raise _Refused("form", node, f"has {name} = {attribute.value}")
+            raise Refused("form", node, f"has {name} = {attribute.value}")
     given = node.attributes.get("scale")
     inner = facts.last_dim(q)
     if given is None and not inner:
-        raise _Refused("form", node, "scales by the root of a size that is not known")
+        raise Refused("form", node, "scales by the root of a size that is not known")
     scale = given.as_float() if given is not None else 1 / math.sqrt(inner or 1)
-    site = _Site(node, q, k, v, mask, scale, "zero", nodes=[node])
+    site = Site(node, q, k, v, mask, scale, "zero", nodes=[node])
     if mask is not None and not _covers(mask, k):
-        raise _Refused("form", node, f"{mask.name} may be shorter than the keys")
+        raise Refused("form", node, f"{mask.name} may be shorter than the keys")
     _read_groups(site)
     if not site.grouped:
         site.grouped = not _same_heads(q, k, v)
+    read_turns(site)
     for name in "qkv":
         _read_sequence(site, name)
     return site
@@ -454,14 +431,14 @@ def _covers(mask: ir.Value, k: ir.Value) -> bool:
     if not facts.rank(mask) or facts.rank(k) != 4:
         return False
     columns = mask.shape[-1]  # type: ignore[index]
-    return columns == 1 or _same((columns,), (k.shape[2],))  # type: ignore[index]
+    return columns == 1 or same((columns,), (k.shape[2],))  # type: ignore[index]
 
 
 def _same_heads(q: ir.Value, k: ir.Value, v: ir.Value) -> bool:
     shapes = [value.shape for value in (q, k, v)]
     if any(shape is None or shape.rank() != 4 for shape in shapes):
         return False
-    return all(_same((shape[1],), (shapes[0][1],)) for shape in shapes[1:])  # type: ignore[index]
+    return all(same((shape[1],), (shapes[0][1],)) for shape in shapes[1:])  # type: ignore[index]
 
 
 def _add_masks(graph: ir.Graph) -> bool:
@@ -473,11 +450,11 @@ def _add_masks(graph: ir.Graph) -> bool:
         mask = node.inputs[3]
         if mask is None or mask.dtype != ir.DataType.BOOL or node.graph is not mask.graph:
             continue
-        if facts.dtype_of(_input(node)) != "f32":  # it will stay as it is
+        if facts.dtype_of(input_of(node)) != "f32":  # it will stay as it is
             continue
         try:
             read_standard(node)
-        except _Refused:
+        except Refused:
             continue
         if mask not in made:
             made[mask] = _additive(graph, node, mask)
@@ -498,115 +475,3 @@ def _additive(graph: ir.Graph, before: ir.Node, mask: ir.Value) -> ir.Value:
     added.shape = mask.shape
     graph.insert_before(before, nodes)
     return added
-
-
-# -- from a site to a rewrite
-
-
-def _check_operands(site: _Site) -> None:
-    for name in "qkv":
-        value = getattr(site, name)
-        if facts.dtype_of(value) != "f32":
-            raise _Refused("types", site.root, f"{value.name} is not known to be f32")
-        if facts.rank(value) != 4:
-            raise _Refused("rank", site.root, f"{value.name} is not known to have four axes")
-    k_rows, v_rows = (
-        _dims(getattr(site, name))[1 if site.letters[name] == "s" else 2] for name in "kv"
-    )
-    if (k_rows == 1) != (v_rows == 1):
-        raise _Refused("shapes_not_proved", site.root, "the one row of k or v may be repeated")
-    mask = site.mask
-    if mask is not None:
-        if facts.dtype_of(mask) != "f32":
-            raise _Refused("types", site.root, f"the mask {mask.name} is not known to be f32")
-        rank = facts.rank(mask)
-        if rank is None or rank > 4:
-            raise _Refused("rank", site.root, f"the mask {mask.name} has {rank} axes")
-
-
-def _rewrite(root: ir.Node, site: _Site) -> Rewrite:
-    spec = Attention(
-        "".join(site.letters.values()), site.mask is not None, site.grouped, site.empty
-    )
-    inputs = (site.q, site.k, site.v, *([site.mask] if site.mask is not None else []))
-    shapes, symbols = _trial(site)
-    computed = {}
-    for value, like in site.computed.items():
-        dims = [dim if isinstance(dim, int) else symbols.get(dim.value) for dim in _dims(like)]
-        if None in dims:
-            raise _Refused("shapes_not_proved", root, f"{like.name} has a size found nowhere else")
-        computed[value] = tuple(dim for dim in dims if dim is not None)
-    return Rewrite(
-        rule="attention",
-        spec=spec,
-        inputs=inputs,
-        attributes={"scale": site.scale},
-        outputs=(root.outputs[0],),
-        nodes=tuple(dict.fromkeys(reversed(site.nodes))),
-        shapes=shapes,
-        computed=computed,
-    )
-
-
-_ROLES = {"q": "BHSD", "k": "BGTD", "v": "BGTE", "mask": "BHST"}
-_SIZES = {"B": 2, "H": 6, "G": 3, "S": 5, "T": 7, "D": 4, "E": 3}
-
-
-def _trial(site: _Site) -> tuple[dict[ir.Value, tuple[int, ...]], Mapping[str | None, int]]:
-    """Shapes to try the operands with, known sizes as they are; and sizes by symbol."""
-    axes: list[tuple[str, int | ir.SymbolicDim]] = []
-    operands: list[tuple[ir.Value, str]] = []
-    for name, roles in _ROLES.items():
-        value = getattr(site, name)
-        if value is None:
-            continue
-        if name == "mask":
-            roles = roles[4 - len(_dims(value)) :]
-        elif site.letters[name] == "s":
-            roles = roles[0] + roles[2] + roles[1] + roles[3]
-        if not site.grouped:
-            roles = roles.replace("G", "H")
-        operands.append((value, roles))
-        axes += zip(roles, _dims(value), strict=True)
-    sizes = _SIZES | {role: dim for role, dim in axes if isinstance(dim, int) and dim > 1}
-    names = {dim.value: role for role, dim in axes if isinstance(dim, ir.SymbolicDim) and dim.value}
-    for role, dim in axes:  # rows of q and of k may be of one number
-        if isinstance(dim, ir.SymbolicDim) and dim.value and names[dim.value] != role:
-            sizes[role] = sizes[names[dim.value]]
-    shapes = {
-        value: tuple(
-            dim if isinstance(dim, int) and dim > 0 else sizes[role]
-            for role, dim in zip(roles, _dims(value), strict=True)
-        )
-        for value, roles in operands
-    }
-    return shapes, {name: sizes[role] for name, role in names.items()}
-
-
-def _dims(value: ir.Value) -> tuple[int | ir.SymbolicDim, ...]:
-    assert value.shape is not None
-    return tuple(value.shape)
-
-
-def _input(node: ir.Node) -> ir.Value:
-    value = node.inputs[0]
-    assert value is not None
-    return value
-
-
-def _is_inside(value: ir.Value, readers: int = 1) -> bool:
-    """Whether nothing but the nodes of the match reads the value."""
-    return len(value.uses()) == readers and not value.is_graph_output()
-
-
-def _same(
-    dims: Iterable[int | ir.SymbolicDim] | None, others: Iterable[int | ir.SymbolicDim]
-) -> bool:
-    """Whether these dimensions are provably the same, in order."""
-    if dims is None:
-        return False
-    one, two = list(dims), list(others)
-    return len(one) == len(two) and all(
-        a == b and (isinstance(a, int) or a.value is not None)
-        for a, b in zip(one, two, strict=True)
-    )

@@ -22,6 +22,7 @@ from fusenorm.passes.speller import Speller
 __all__ = [
     "Casted",
     "Const",
+    "Joined",
     "Miss",
     "Named",
     "OneOf",
@@ -223,6 +224,28 @@ class Reduce(Pattern):
             inputs = [value, speller.constant(np.array(axes, np.int64))]
             return speller.node(self.op_type, inputs, facts.dtype_of(value), keepdims=1)
         return speller.node(self.op_type, [value], facts.dtype_of(value), axes=axes, keepdims=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Joined(Pattern):
+    """The columns of its operands side by side: a Concat over the last axis."""
+
+    operands: tuple[Pattern, ...]
+
+    def match(self, value: ir.Value, state: State, miss: Miss) -> Iterator[State]:
+        node = _producer(value, "Concat", state, miss)
+        if node is None or len(node.inputs) != len(self.operands):
+            return
+        here = state.visit(node)
+        axis = facts.attribute_int(node, "axis", 0)
+        if not facts.is_last_axis(axis, value):
+            miss.record(here, "axis", node, f"joins over axis {axis}, not provably the last one")
+            return
+        yield from _match_all(self.operands, node.inputs, here, miss)
+
+    def spell(self, speller: Speller) -> ir.Value:
+        values = [operand.spell(speller) for operand in self.operands]
+        return speller.node("Concat", values, facts.dtype_of(values[0]), axis=-1)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -181,7 +181,7 @@ class RewritePass(ir.passes.InPlacePass):
                     return True
                 proposal = Miss(proposal.nodes, refusal)
             if proposal is not None:
-                _remember(proposal, rule.op)
+                remember(proposal, rule.op)
         return False
 
 
@@ -201,7 +201,7 @@ def _refused(rewrite: Rewrite, opset: int) -> Refusal | None:
     return None
 
 
-def _remember(miss: Miss, op: str) -> None:
+def remember(miss: Miss, op: str) -> None:
     """Keep the nearest miss on every node it went through, for the report."""
     if miss.refusal is None:
         return

@@ -59,13 +59,13 @@ class Speller:
     def typed(self, value: ir.Value, like: ir.Value) -> ir.Value:
         """A scalar constant, kept in f64 until then, in the type of the value it meets."""
         number, dtype = facts.scalar(value), facts.dtype_of(like)
-        if number is None or dtype is None or facts.dtype_of(value) == dtype:
+        if number is None or dtype is None or facts.dtype_of(value) in (None, dtype):
             return value
         return self.number(number, dtype)
 
     def narrowed(self, values: list[ir.Value]) -> list[ir.Value]:
         """Operands of one type: where one is rounded already, the others skip their Cast up."""
-        types = {value.dtype for value in values}
+        types = {value.dtype for value in values if facts.dtype_of(value) is not None}
         narrow: ir.DataType | None = DTYPES[self.dtype].onnx
         if len(types) == 1 or narrow not in types:
             return values

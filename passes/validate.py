@@ -58,7 +58,7 @@ class Operand:
         assert self.exponent is not None
         if self.layout == "vector":
             return np.ldexp(rng.normal(1.0, 0.5, self.shape), self.exponent)
-        if self.layout in ("heads", "sequence"):
+        if self.layout in ("heads", "sequence", "table", "cache"):
             return rng.normal(size=self.shape)
         if self.layout == "scores":  # a mask, one row of it without any weight
             mask = np.where(rng.random(self.shape) < 0.3, -np.inf, rng.normal(size=self.shape))

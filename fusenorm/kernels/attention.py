@@ -2,8 +2,9 @@
 
 Per row the running maximum and sum of its weights are kept, and y holds the weighted sum of values
 so far; a larger maximum rescales both (arXiv 2205.14135). Keys are transposed into panels once per
-block; a few rows read them as they lie. Where a mask leaves a tile no weight for the last keys of
-a block, the tile skips them.
+block; a few rows read them as they lie. Rotary positions turn rows on their way into the tile of q
+and into the panels (arXiv 2104.09864). Where a mask leaves a tile no weight for the last keys of a
+block, the tile skips them.
 """
 
 from __future__ import annotations
@@ -45,6 +46,8 @@ _INTEGERS = (
     "mask_head",
     "mask_row",
     "mask_column",
+    "turning",
+    "table_row",
 )
 
 Block = Callable[[Expr, Expr], None]
@@ -53,12 +56,13 @@ Block = Callable[[Expr, Expr], None]
 def functions(spec: Attention, lanes: int) -> list[Any]:
     """The PrimFunc of `spec` with vectors of `lanes` f32.
 
-    It works on one head of k and v and the heads of q that share it. Arguments: q, k, v, the mask
-    and y from that head on, and scratch, each as one row of f32; then int64: rows per head of q,
-    keys T > 0, D, E, first and last row, counted through the heads; strides in elements of the
-    heads and rows of q, the rows of k and v, the heads and rows of y, the heads, rows and columns
-    of the mask, the last 0 or 1; then the scale. Scratch holds `KEYS·D + 512` numbers and, of each
-    of 8 rows, D rounded up to 64 and KEYS, and two for every row.
+    It works on one head of k and v and the heads of q that share it. Arguments: the inputs and y
+    from that head on, and scratch, each as one row of f32; then int64: rows per head of q, keys
+    T > 0, D, E, first and last row, counted through the heads; strides in elements of the heads and
+    rows of q, the rows of k and v, the heads and rows of y, the heads, rows and columns of the
+    mask, the last 0 or 1; R and the stride of the tables' rows; then the scale. Scratch holds
+    `(KEYS + 16)·D + 528` numbers and, of each of 8 rows, D rounded up to 64 and KEYS, and two for
+    every row.
     """
     (name,) = symbols(spec)
     with function(name) as builder:
@@ -86,8 +90,10 @@ class _Kernel:
         at = self.at
         self.scratch = self.buffers["scratch"]
         self.count = T.bind(at["row_end"] - at["row_begin"])
-        # Parts of scratch: panels of keys, a tile of q, its scores, maxima and sums of every row.
-        self.tile_q = T.bind(at["inner"] * KEYS + self.width * self.panel)
+        # Parts of scratch: panels of keys, turned rows, a tile of q, its scores, maxima and sums of
+        # every row.
+        self.turned = T.bind(at["inner"] * KEYS + self.width * self.panel)
+        self.tile_q = T.bind(self.turned + (at["inner"] + 1) * self.width)
         self.steps = T.bind(T.truncdiv(at["inner"] + (_STEP - 1), T.int64(_STEP)))
         self.scores = T.bind(self.tile_q + self.steps * (_STEP * self.rows))
         self.maxima = T.bind(self.scores + KEYS * self.rows)
@@ -103,7 +109,7 @@ class _Kernel:
         with T.serial(blocks) as block:
             self.first = T.bind(block * KEYS)
             self.size = T.bind(T.min(T.int64(KEYS), at["keys"] - self.first))
-            with T.If(self.count >= _PACKED), T.Then():
+            with T.If(self._packed()), T.Then():
                 self._pack()
             self._tiles()
         self._normalise()
@@ -176,7 +182,46 @@ class _Kernel:
         index = self._ramp(0)
         T.buffer_store(wild, _larger(wild[index], tame), [index])
 
+    # -- rotary positions
+
+    def _turn(self, name: str, start: Expr, position: Expr, target: Expr) -> None:
+        """The row of q or k at `start`, turned by its position, in scratch at `target`."""
+        size = self.at["turning"]
+        table = T.bind(position * self.at["table_row"])
+        half = T.bind(T.truncdiv(size, T.int64(2)))
+
+        def turned(at: Expr, mask: Expr, column: Expr, x: Expr, other: Expr) -> None:
+            cos, sin = (self._load(each, table + column, mask) for each in ("cos", "sin"))
+            self._store("scratch", target + at, mask, self.lanes.let(x * cos + other * sin))
+
+        def halves(at: Expr, mask: Expr) -> None:
+            first, second = (self._load(name, start + at + part, mask) for part in (0, half))
+            turned(at, mask, at, first, self.lanes.let(self.lanes.f32(0.0) - second))
+            column = at if self.spec.form == "cached" else at + half
+            turned(at + half, mask, column, second, first)
+
+        def pairs(at: Expr, mask: Expr) -> None:
+            x = self._load(name, start + at, mask)
+            swapped = T.Shuffle([x], [T.int32(lane ^ 1) for lane in range(self.width)])
+            signs, _ = self.lanes.interleaved(self.lanes.f32(-1.0), self.lanes.f32(1.0))
+            turned(at, mask, at, x, self.lanes.let(self.lanes.let(swapped) * signs))
+
+        def rest(at: Expr, mask: Expr) -> None:
+            value = self._load(name, start + size + at, mask)
+            self._store("scratch", target + size + at, mask, value)
+
+        if self.spec.form == "pairs":
+            self._blocks(size, pairs)
+        else:
+            self._blocks(half, halves)
+        if self.spec.partial:
+            self._blocks(self.at["inner"] - size, rest)
+
     # -- keys
+
+    def _packed(self) -> Expr:
+        """Whether keys are laid out in panels; those that turn always are."""
+        return T.bool(True) if self.spec.rotary == "qk" else self.count >= _PACKED
 
     def _pack(self) -> None:
         """The block's keys as panels [D, 2·lanes], the last panel filled up with the last key.
@@ -190,12 +235,17 @@ class _Kernel:
             panel = T.bind(T.truncdiv(group, T.int64(2)))
             target = T.bind(panel * (inner * self.panel) + (group - panel * 2) * self.width)
             key = T.bind(self.first + group * self.width)
-            starts = [
-                T.bind(T.min(key + lane, keys - 1) * self.at["k_row"]) for lane in range(self.width)
-            ]
+            if self.spec.rotary == "qk":
+                source, starts = "scratch", self._turn_keys(T.bind(T.min(key, keys - 1)))
+            else:
+                source = "k"
+                starts = [
+                    T.bind(T.min(key + lane, keys - 1) * self.at["k_row"])
+                    for lane in range(self.width)
+                ]
 
             def body(at: Expr, mask: Expr) -> None:
-                vectors = [self._load("k", start + at, mask) for start in starts]
+                vectors = [self._load(source, start + at, mask) for start in starts]
                 if self.spec.mask:
                     for vector in vectors:
                         self._note_wild(self.wild, vector)
@@ -211,6 +261,18 @@ class _Kernel:
                     self.at["columns"],
                     lambda at, mask: self._note_wild(self.wild, self._load("v", start + at, mask)),
                 )
+
+    def _turn_keys(self, key: Expr) -> list[Expr]:
+        """Where the turned keys from `key` on are in scratch, the last one as often as needed."""
+        inner = self.at["inner"]
+        count = T.bind(T.min(T.int64(self.width), self.at["keys"] - key))
+        with T.serial(count) as lane:
+            row = T.bind(key + lane)
+            self._turn("k", T.bind(row * self.at["k_row"]), row, T.bind(self.turned + lane * inner))
+        return [
+            T.bind(self.turned + T.min(T.int64(lane), count - 1) * inner)
+            for lane in range(self.width)
+        ]
 
     # -- a tile of rows
 
@@ -235,7 +297,7 @@ class _Kernel:
                 self._trim(size, row)
         with T.If(self.live[0] > 0), T.Then():
             live = T.bind(self.live[0])
-            with T.If(self.count >= _PACKED):
+            with T.If(self._packed()):
                 with T.Then():
                     self._for_each_size(size, lambda size: self._scores_of_panels(size, row, live))
                 with T.Else(), T.serial(size) as i:
@@ -254,14 +316,18 @@ class _Kernel:
         """Rows of q times the scale, as [D / 64, rows, 64]; whether they are tame."""
         T.buffer_store(self.wild_q, self.lanes.f32(0.0), [self._ramp(0)])
         with T.serial(size) as i:
-            start = self._place("q", row + i)
+            source, start = "q", self._place("q", row + i)
+            if self.spec.rotary != "none":
+                _, position = self._row(row + i)
+                self._turn("q", start, position, self.turned)
+                source, start = "scratch", self.turned
 
             def body(at: Expr, mask: Expr) -> None:
                 step = T.bind(T.truncdiv(at, T.int64(_STEP)))
                 inside = T.bind(at - step * _STEP)
                 index = self._ramp(self.tile_q + step * (_STEP * self.rows) + i * _STEP + inside)
                 value = self.lanes.let(
-                    self._load("q", start + at, mask) * self.lanes.spread(self.scale)
+                    self._load(source, start + at, mask) * self.lanes.spread(self.scale)
                 )
                 T.buffer_store(self.scratch, value, [index])
                 if self.spec.mask:

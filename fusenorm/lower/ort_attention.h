@@ -1,4 +1,5 @@
-/* Attention ops: q, k, v of rank 4 and perhaps a mask that broadcasts to the scores.
+/* Attention ops: q, k, v of rank 4, perhaps a mask that broadcasts to the scores, perhaps tables of
+   rotary positions that broadcast to the heads.
 
    A unit is one head of k and v with the heads of q that share it; a task is a range of units, or
    a range of one unit's rows, counted through its heads. Axes of size 1 broadcast by a stride of
@@ -6,20 +7,27 @@
 
 enum { ROW_TILE = 8, SPLIT_ROWS = 64, ATTENTION_TASK = 1 << 20 };
 enum { BATCH, HEAD, POSITION, COLUMN, AXES };
-enum { Q, K, V, MASK, Y, TENSORS };
+enum { Q, K, V, MASK, COS, SIN, Y, TENSORS };
 
 typedef struct {
   const State* state;
   char* data[TENSORS];
   int64_t size[TENSORS][AXES], stride[TENSORS][AXES]; /* in the order of the enum, elements */
   int64_t units_per_batch, copies;                    /* heads of k and v; of q for each */
+  int64_t turning;                                    /* numbers of a row the tables are for */
   int64_t units, unit_block, rows, row_block, row_blocks;
   int failed;
 } AttentionJob;
 
+/* The tensor an input is: the mask may be left out, the tables too. */
+static int attention_tensor(const Op* op, int input) {
+  return input >= MASK && op->input[MASK].layout != SCORES ? input + 1 : input;
+}
+
 static size_t attention_scratch(const AttentionJob* job) {
   int64_t inner = job->size[Q][COLUMN], steps = (inner + 63) / 64 * 64;
-  return (size_t)(KEY_BLOCK * inner + 512 + ROW_TILE * (steps + KEY_BLOCK) + 2 * job->row_block);
+  return (size_t)((KEY_BLOCK + 16) * inner + 528 + ROW_TILE * (steps + KEY_BLOCK) +
+                  2 * job->row_block);
 }
 
 static int attention_unit(const AttentionJob* job, int64_t unit, int64_t begin, int64_t end,
@@ -28,25 +36,26 @@ static int attention_unit(const AttentionJob* job, int64_t unit, int64_t begin, 
   int64_t batch = unit / job->units_per_batch, head = unit % job->units_per_batch;
   int64_t any = INT64_MAX / 64;
   Tensor tensors[TENSORS + 1];
-  Argument arguments[TENSORS + 1 + 15 + MAX_ATTRIBUTES];
+  Argument arguments[TENSORS + 1 + 17 + MAX_ATTRIBUTES];
   int n = 0;
   for (int which = 0; which < TENSORS; ++which) {
     if (job->data[which] == NULL) continue;
     const int64_t* stride = job->stride[which];
-    int64_t first = which == K || which == V ? head : head * job->copies;
+    int64_t first = which == K || which == V ? head : head * job->copies; /* tables have one */
     char* data = job->data[which] + 4 * (batch * stride[BATCH] + first * stride[HEAD]);
     set_tensor(&tensors[n++], &any, 1, data, &op->input[0]);
   }
   set_tensor(&tensors[n++], &any, 1, scratch, &op->input[0]);
   for (int i = 0; i < n; ++i)
     arguments[i] = (Argument){ARGUMENT_TENSOR, 0, {.pointer = &tensors[i]}};
-  const int64_t numbers[15] = {
+  const int64_t numbers[17] = {
       job->size[Y][POSITION],    job->size[K][POSITION],      job->size[Q][COLUMN],
       job->size[V][COLUMN],      begin,                       end,
       job->stride[Q][HEAD],      job->stride[Q][POSITION],    job->stride[K][POSITION],
       job->stride[V][POSITION],  job->stride[Y][HEAD],        job->stride[Y][POSITION],
-      job->stride[MASK][HEAD],   job->stride[MASK][POSITION], job->stride[MASK][COLUMN]};
-  for (int i = 0; i < 15; ++i)
+      job->stride[MASK][HEAD],   job->stride[MASK][POSITION], job->stride[MASK][COLUMN],
+      job->turning,              job->stride[COS][POSITION]};
+  for (int i = 0; i < 17; ++i)
     arguments[n++] = (Argument){ARGUMENT_INT, 0, {.integer = numbers[i]}};
   return call_kernel(job->state, op->kernel, arguments, n);
 }
@@ -84,17 +93,23 @@ static int64_t attention_tasks(AttentionJob* job) {
   return (job->units + job->unit_block - 1) / job->unit_block * job->row_blocks;
 }
 
+/* Which of a tensor's dimensions an axis is; below 0: it has none. */
+static int attention_place(Layout layout, int axis, size_t rank) {
+  int place = axis + (int)rank - AXES;
+  if (layout == SEQUENCE && (axis == HEAD || axis == POSITION)) return 3 - axis;
+  if (layout == CACHE && axis == HEAD) return -1;
+  return layout == CACHE && axis == BATCH ? place + 1 : place;
+}
+
 /* Sizes and strides of a tensor by axis; missing axes have size 1. */
 static void attention_axes(AttentionJob* job, int which, Layout layout, const int64_t* dims,
                            size_t rank) {
-  int64_t stride = 1;
-  for (int axis = AXES; axis-- > 0;) {
-    int place = layout == SEQUENCE && (axis == 1 || axis == 2) ? 3 - axis : axis;
-    int missing = AXES - (int)rank;
-    int64_t size = axis < missing ? 1 : dims[axis - missing];
-    job->size[which][place] = size;
-    job->stride[which][place] = size == 1 ? 0 : stride;
-    stride *= size;
+  for (int axis = 0; axis < AXES; ++axis) {
+    int place = attention_place(layout, axis, rank);
+    int64_t size = place < 0 ? 1 : dims[place], stride = 1;
+    for (int inner = (int)rank; --inner > place;) stride *= dims[inner];
+    job->size[which][axis] = size;
+    job->stride[which][axis] = size == 1 ? 0 : stride;
   }
 }
 
@@ -113,8 +128,21 @@ static OrtStatus* attention_plan(AttentionJob* job) {
   memcpy(size[Y], size[Q], sizeof size[Y]);
   size[Y][COLUMN] = size[V][COLUMN];
   for (int i = 1; i < op->inputs; ++i)
-    if (!joins(&size[Y][BATCH], size[i][BATCH]))
+    if (!joins(&size[Y][BATCH], size[attention_tensor(op, i)][BATCH]))
       return fail_slot(state, &op->input[i], "has another batch than q");
+  if (job->data[COS] != NULL) {
+    const Slot* table = &op->input[op->inputs - 2];
+    int64_t rows = size[COS][POSITION], inner = size[Q][COLUMN];
+    job->turning = size[COS][COLUMN] * (table->layout == CACHE ? 2 : 1);
+    if (memcmp(size[COS], size[SIN], sizeof size[COS]) != 0)
+      return fail_slot(state, table, "has another shape than sin");
+    if (size[COS][HEAD] != 1 || job->turning % 2 || job->turning > inner ||
+        (!(op->turns & PARTIAL) && job->turning != inner))
+      return fail_slot(state, table, "does not fit the last axis of q");
+    if (!joins(&size[Y][POSITION], rows) ||
+        (op->turns & TURNS_K && !joins(&size[K][POSITION], rows)))
+      return fail_slot(state, table, "has other rows than q or k");
+  }
   if (op->parts > 1) { /* grouped */
     if (size[K][HEAD] == 0 || size[Q][HEAD] % size[K][HEAD] || size[V][HEAD] != size[K][HEAD])
       return fail_slot(state, &op->input[K], "has heads that q's and v's do not fit");
@@ -138,16 +166,19 @@ static OrtStatus* attention_compute(const State* state, OrtKernelContext* contex
   size_t rank;
   for (int i = 0; i < op->inputs; ++i) {
     const Slot* slot = &op->input[i];
+    int which = attention_tensor(op, i);
     const OrtValue* value = NULL;
     TRY(GetInput(context, i, &value));
     if (value == NULL) return fail_slot(state, slot, "is missing");
     TRY(shape_of(value, dims, &rank));
-    if (rank > AXES || (i != MASK && rank != AXES))
+    if (rank > AXES || (i <= V && rank != AXES))
       return fail_slot(state, slot, "does not have four axes");
-    attention_axes(&job, i, slot->layout, dims, rank);
+    if (slot->layout == CACHE && rank == AXES)
+      return fail_slot(state, slot, "has more than three axes");
+    attention_axes(&job, which, slot->layout, dims, rank);
     void* data = NULL;
     TRY(GetTensorMutableData(value, &data));
-    job.data[i] = data;
+    job.data[which] = data;
   }
   TRY(attention_plan(&job));
   const int64_t* size = job.size[Y];
@@ -187,20 +218,17 @@ static OrtStatus* attention_infer(const Op* op, OrtShapeInferContext* context) {
     TRY(GetInputShape(context, i, &info));
     TRY(read_shape(info, &shapes[i]));
     if (shapes[i].rank == 0 || shapes[i].rank > AXES) return NULL;
-    if (i != MASK && shapes[i].rank != AXES) return NULL;
+    if (i <= V && shapes[i].rank != AXES) return NULL;
   }
-  int heads = op->output[0].layout == SEQUENCE ? 2 : 1;
   for (int axis = 0; axis < AXES; ++axis) result.size[axis] = 1, result.symbol[axis] = "";
   for (int i = 0; i < op->inputs; ++i) {
-    int own = op->input[i].layout == SEQUENCE ? 2 : 1, missing = AXES - (int)shapes[i].rank;
-    int from[3] = {0, own, 3 - own}, to[3] = {0, heads, 3 - heads};
-    for (int axis = 0; axis < 3; ++axis) {
-      if (axis == 1 && op->parts > 1 && (i == K || i == V)) continue;
-      if (axis == 2 && (i == K || i == V)) continue;
-      int at = from[axis] - missing;
-      if (at >= 0)
-        merge(&result.size[to[axis]], &result.symbol[to[axis]], shapes[i].size[at],
-              shapes[i].symbol[at]);
+    for (int axis = BATCH; axis <= POSITION; ++axis) {
+      if (axis == HEAD && op->parts > 1 && (i == K || i == V)) continue;
+      if (axis == POSITION && (i == K || i == V)) continue;
+      int from = attention_place(op->input[i].layout, axis, shapes[i].rank);
+      int to = attention_place(op->output[0].layout, axis, AXES);
+      if (from >= 0)
+        merge(&result.size[to], &result.symbol[to], shapes[i].size[from], shapes[i].symbol[from]);
     }
   }
   result.size[3] = shapes[V].size[3], result.symbol[3] = shapes[V].symbol[3];

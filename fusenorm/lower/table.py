@@ -39,6 +39,7 @@ def _row(spec: OpSpec, device: Device, target: Target) -> str:
     numbers = (
         _parts(spec),
         _tile(spec, target),
+        _turns(spec),
         len(spec.inputs),
         len(spec.outputs),
         len(spec.attributes),
@@ -69,6 +70,14 @@ def _parts(spec: OpSpec) -> int:
 def _tile(spec: OpSpec, target: Target) -> int:
     """Rows a linear kernel takes at a time."""
     return Tile.of(spec, LANES[target.level]).rows if isinstance(spec, Linear) else 1
+
+
+def _turns(spec: OpSpec) -> str:
+    """What rotary positions turn in an attention."""
+    if not isinstance(spec, Attention) or spec.rotary == "none":
+        return "0"
+    flags = [f"TURNS_{name.upper()}" for name in spec.rotary]
+    return " | ".join(flags + ["PARTIAL"] * spec.partial)
 
 
 def _slot(slot: Slot) -> str:

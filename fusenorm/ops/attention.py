@@ -1,7 +1,8 @@
 """Scaled dot-product attention as one op: scores, mask, softmax and the weighted sum of values.
 
 Heads-first tensors are [B, H, S, D], sequence-first ones [B, S, H, D]: each operand's layout is
-part of the op, so that the transposes around it are none.
+part of the op, so that the transposes around it are none. Rotary positions turn the rows of q and k
+on their way in.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import numpy as np
 from fusenorm.ops.spec import Body, DType, Layout, OpSpec, Slot
 
 Empty = Literal["nan", "zero", "safe"]
+Rotary = Literal["none", "q", "qk"]
+Form = Literal["halves", "pairs", "cached"]
 _LAYOUTS: dict[str, Layout] = {"h": "heads", "s": "sequence"}
 
 
@@ -30,6 +33,13 @@ class Attention(OpSpec):
             (arXiv 2305.13245).
         empty: what becomes of a row whose scores are all -inf: `nan` as Softmax has it; `zero`;
             `safe`, where every weight that is NaN counts as 0.
+        rotary: what is turned by its position first, q or q and k (arXiv 2104.09864): x becomes
+            x·cos + x'·sin for tables cos and sin of any shape that broadcasts to [B, 1, S, R],
+            R = D, where x' = (-x2, x1) of the halves x = (x1, x2). With k, T = S.
+        form: which numbers turn together: `halves`; `pairs`, x1 being the even numbers and x2 the
+            odd ones, x' = (-x[1], x[0], -x[3], x[2], …); or `cached`, halves by tables that hold
+            every number once, broadcasting to [B, S, R / 2] (ONNX RotaryEmbedding-23).
+        partial: the first R numbers of a row turn, the others stay.
         dtype: of every input and output.
     """
 
@@ -39,6 +49,9 @@ class Attention(OpSpec):
     mask: bool = False
     grouped: bool = False
     empty: Empty = "nan"
+    rotary: Rotary = "none"
+    form: Form = "halves"
+    partial: bool = False
     dtype: DType = "f32"
 
     @property
@@ -47,7 +60,14 @@ class Attention(OpSpec):
 
     @property
     def tokens(self) -> tuple[str, ...]:
-        flags = {"mask": self.mask, "grouped": self.grouped, self.empty: self.empty != "nan"}
+        flags = {
+            "mask": self.mask,
+            "grouped": self.grouped,
+            self.empty: self.empty != "nan",
+            f"rotary_{self.rotary}": self.rotary != "none",
+            self.form: self.form != "halves",
+            "partial": self.partial,
+        }
         tokens = [self.layout, *(name for name, given in flags.items() if given)]
         tokens += [self.dtype] if self.dtype != "f32" else []
         return tuple(tokens)
@@ -55,11 +75,13 @@ class Attention(OpSpec):
     @classmethod
     def variants(cls) -> Iterator[Self]:
         dtypes: tuple[DType, ...] = ("f32", "f64")
+        flags = (False, True)
         layouts = ("".join(letters) for letters in itertools.product(_LAYOUTS, repeat=4))
-        for layout, mask, grouped, empty, dtype in itertools.product(
-            layouts, (False, True), (False, True), get_args(Empty), dtypes
+        for layout, mask, grouped, empty, rotary, form, partial, dtype in itertools.product(
+            layouts, flags, flags, get_args(Empty), get_args(Rotary), get_args(Form), flags, dtypes
         ):
-            yield cls(layout, mask, grouped, empty, dtype)
+            if rotary != "none" or (form, partial) == ("halves", False):
+                yield cls(layout, mask, grouped, empty, rotary, form, partial, dtype)
 
     @property
     def inputs(self) -> tuple[Slot, ...]:
@@ -67,6 +89,9 @@ class Attention(OpSpec):
         slots = [Slot(name, self.dtype, _LAYOUTS[letter]) for name, letter in names]
         if self.mask:
             slots.append(Slot("mask", self.dtype, "scores"))
+        if self.rotary != "none":
+            layout: Layout = "cache" if self.form == "cached" else "table"
+            slots += [Slot(name, self.dtype, layout) for name in ("cos", "sin")]
         return tuple(slots)
 
     @property
@@ -82,6 +107,10 @@ class Attention(OpSpec):
             self._heads_first(body, name, letter)
             for name, letter in zip("qkv", self.layout, strict=False)
         )
+        if self.rotary != "none":
+            tables = [self._table(body, name) for name in ("cos", "sin")]
+            q = self._turned(body, q, "q", *tables)
+            k = self._turned(body, k, "k", *tables) if self.rotary == "qk" else k
         if self.grouped:
             k, v = self._repeated(body, q, k, v)
         keys = body.let("keys", f"Transpose <perm: ints = [0, 1, 3, 2]> ({k})")
@@ -109,6 +138,47 @@ class Attention(OpSpec):
         if letter == "h":
             return name
         return body.let(f"{name}_heads", f"Transpose <perm: ints = [0, 2, 1, 3]> ({name})")
+
+    def _table(self, body: Body, name: str) -> str:
+        """A table with a column for each number of a row."""
+        if self.form != "cached":
+            return name
+        body.let(f"{name}_heads", "Constant <value_ints: ints = [-3]> ()")
+        body.let(f"{name}_half", f"Unsqueeze ({name}, {name}_heads)")
+        return body.let(f"{name}_table", f"Concat <axis: int = -1> ({name}_half, {name}_half)")
+
+    def _turned(self, body: Body, x: str, name: str, cos: str, sin: str) -> str:
+        """x, or its first numbers, as many as the tables have, turned by their position."""
+        near = x
+        last = body.let(f"{name}_last", "Constant <value_ints: ints = [-1]> ()")
+        if self.partial:
+            for part, number in (("begin", 0), ("end", 2**62)):
+                body.let(f"{name}_{part}", f"Constant <value_ints: ints = [{number}]> ()")
+            body.let(f"{name}_table", f"Shape ({cos})")
+            width = body.let(f"{name}_width", f"Slice ({name}_table, {last}, {name}_end)")
+            near = body.let(f"{name}_near", f"Slice ({x}, {name}_begin, {width}, {last})")
+            far = body.let(f"{name}_far", f"Slice ({x}, {width}, {name}_end, {last})")
+        first, second = f"{name}_first", f"{name}_second"
+        if self.form == "pairs":
+            body.stride(first, near, 0)
+            body.stride(second, near, 1)
+        else:
+            body.halves(first, second, near)
+        minus = body.let(f"{name}_minus", f"Neg ({second})")
+        if self.form == "pairs":
+            for part in (minus, first):
+                body.let(f"{part}_one", f"Unsqueeze ({part}, {last})")
+            body.let(f"{name}_paired", f"Concat <axis: int = -1> ({minus}_one, {first}_one)")
+            body.let(f"{name}_form", f"Shape ({near})")
+            body.let(f"{name}_other", f"Reshape ({name}_paired, {name}_form)")
+        else:
+            body.let(f"{name}_other", f"Concat <axis: int = -1> ({minus}, {first})")
+        body.let(f"{name}_by_cos", f"Mul ({near}, {cos})")
+        body.let(f"{name}_by_sin", f"Mul ({name}_other, {sin})")
+        turned = body.let(f"{name}_turned", f"Add ({name}_by_cos, {name}_by_sin)")
+        if self.partial:
+            turned = body.let(f"{name}_joined", f"Concat <axis: int = -1> ({turned}, {far})")
+        return turned
 
     def _repeated(self, body: Body, q: str, k: str, v: str) -> tuple[str, str]:
         """k and v with each head as often as there are heads of q for it."""
@@ -143,6 +213,12 @@ class Attention(OpSpec):
             np.asarray(inputs[name], np.float64).swapaxes(1, 2 if letter == "s" else 1)
             for name, letter in zip("qkv", self.layout, strict=False)
         )
+        if self.rotary != "none":
+            cos, sin = (np.asarray(inputs[name], np.float64) for name in ("cos", "sin"))
+            if self.form == "cached":
+                cos, sin = (np.tile(each[..., None, :, :], 2) for each in (cos, sin))
+            q = self._rotate(q, cos, sin)
+            k = self._rotate(k, cos, sin) if self.rotary == "qk" else k
         if self.grouped:
             k, v = (np.repeat(each, q.shape[1] // each.shape[1], axis=1) for each in (k, v))
         scores = attributes["scale"] * (q @ k.swapaxes(2, 3))
@@ -157,6 +233,16 @@ class Attention(OpSpec):
             weights = np.where((scores == -np.inf).all(axis=-1, keepdims=True), 0.0, weights)
         y = weights @ v
         return (y if self.layout[3] == "h" else y.swapaxes(1, 2),)
+
+    def _rotate(self, x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
+        near, far = np.split(x, [cos.shape[-1]], axis=-1)
+        half = near.shape[-1] // 2
+        halves = np.s_[..., :half], np.s_[..., half:]
+        first, second = (np.s_[..., ::2], np.s_[..., 1::2]) if self.form == "pairs" else halves
+        other = np.empty_like(near)
+        other[first], other[second] = -near[second], near[first]
+        turned = near * cos + other * sin
+        return np.concatenate((turned, far), axis=-1) if self.partial else turned
 
     def with_dtype(self, dtype: DType) -> Self:
         return dataclasses.replace(self, dtype=dtype)

@@ -16,7 +16,9 @@ import onnx_ir as ir
 DOMAIN = "fusenorm"
 
 DType = Literal["f16", "bf16", "f32", "f64"]
-Layout = Literal["row", "vector", "packed", "panels", "heads", "sequence", "scores"]
+Layout = Literal[
+    "row", "vector", "packed", "panels", "heads", "sequence", "scores", "table", "cache"
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +54,8 @@ class Slot:
 
     layout: `row` is [..., D], `vector` is [D], `packed` is [..., 2D] (gate and up in one tensor),
     `panels` is a packed weight (see fusenorm.ops.linear), `heads` is [B, H, S, D], `sequence`
-    [B, S, H, D], `scores` what broadcasts to [B, H, S, T].
+    [B, S, H, D], `scores` what broadcasts to [B, H, S, T], `table` what broadcasts to [B, 1, S, R],
+    `cache` to [B, S, R].
     """
 
     name: str

@@ -26,6 +26,11 @@ SPECS = {
     "nan": Attention("shsh", mask=True),
     "grouped": Attention("sshs", grouped=True),
 }
+TURNED = {
+    "halves": Attention("ssss", mask=True, grouped=True, empty="safe", rotary="qk"),
+    "pairs": Attention("hhhh", rotary="qk", form="pairs", partial=True),
+    "cached": Attention("shsh", mask=True, rotary="q", form="cached", partial=True),
+}
 LOWEST = float(np.finfo(np.float32).min)
 LEVELS = [
     level
@@ -41,7 +46,7 @@ Feeds = dict[str, np.ndarray]
 @pytest.fixture(scope="module", params=LEVELS)
 def library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("attention") / f"{request.param}.so"
-    build_library(list(SPECS.values()), Target.parse(request.param), path)
+    build_library([*SPECS.values(), *TURNED.values()], Target.parse(request.param), path)
     return path
 
 
@@ -77,6 +82,27 @@ def operands(
         made = random.standard_normal(shape).astype(np.float32)
         feeds[name] = np.ascontiguousarray(made.swapaxes(1, 2) if letter == "s" else made)
     return feeds
+
+
+def tables(spec: Attention, rows: int, turning: int, batch: int | None = 1) -> Feeds:
+    """cos and sin of angles that differ from number to number; None: [rows, numbers] alone."""
+    shape = (rows, turning // 2 if spec.form == "cached" else turning)
+    angle = np.arange(np.prod(shape)).reshape(shape) * 0.7
+    if batch is not None:
+        middle = () if spec.form == "cached" else (1,)
+        angle = angle + np.arange(batch).reshape(batch, *middle, 1, 1)
+    return {"cos": np.cos(angle).astype(np.float32), "sin": np.sin(angle).astype(np.float32)}
+
+
+def turned(name: str, rows: int, inner: int, **sizes: int) -> Feeds:
+    """Operands of TURNED[name] with tables, and a causal mask where it has one."""
+    spec = TURNED[name]
+    keys = rows if spec.rotary == "qk" else rows + 3
+    feeds = operands(spec, rows=rows, keys=keys, inner=inner, **sizes)
+    if spec.mask:
+        feeds["mask"] = causal(rows, keys)
+    width = max(2, inner // 4 * 2) if spec.partial else inner
+    return feeds | tables(spec, rows, width, sizes.get("batch", 1))
 
 
 def check(spec: Attention, feeds: Feeds, y: np.ndarray) -> None:
@@ -268,6 +294,106 @@ def test_nothing_to_do(library: Path) -> None:
             np.testing.assert_array_equal(y, want)
 
 
+@pytest.mark.parametrize("name", TURNED)
+@pytest.mark.parametrize("inner", [2, 6, 16, 30, 32, 62, 64, 80, 96, 128, 130])
+def test_rows_turn_by_their_positions(name: str, inner: int, library: Path) -> None:
+    for rows in (1, 3, 4, 9, 40):
+        feeds = turned(name, rows, inner, batch=2, copies=2)
+        check(TURNED[name], feeds, run(TURNED[name], library, feeds))
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("name", TURNED)
+def test_rows_turn_in_every_block_and_task(name: str, threads: int, library: Path) -> None:
+    for heads, rows in ((1, KEYS + 90), (30, 2), (2, 300)):
+        feeds = turned(name, rows, 24, heads=heads, copies=2)
+        check(TURNED[name], feeds, run(TURNED[name], library, feeds, threads))
+
+
+@pytest.mark.parametrize("name", TURNED)
+def test_tables_broadcast(name: str, library: Path) -> None:
+    """Over the batch, over positions, and where a table has fewer axes; a batch of tables too."""
+    spec = TURNED[name]
+    for batch, sides, rows in ((3, 1, 5), (1, 3, 5), (2, None, 5), (2, 2, 1), (1, None, 1)):
+        if spec.partial and sides:  # the numbers that stay are not repeated
+            batch = max(batch, sides)
+        feeds = turned(name, 5, 8, batch=batch)
+        feeds |= tables(spec, rows, 4 if spec.partial else 8, sides)
+        check(spec, feeds, shaped(spec, library, feeds))
+
+
+@pytest.mark.parametrize("name", TURNED)
+def test_one_row_by_several_positions(name: str, library: Path) -> None:
+    """Tables of more rows than q, or than k, repeat them: nothing stays in place of the product."""
+    spec = TURNED[name]
+    for turning in ("q", "k") if spec.rotary == "qk" else ("q",):
+        feeds = turned(name, 5, 8)
+        axis = 1 if spec.layout["qk".index(turning)] == "s" else 2
+        feeds[turning] = feeds[turning].take([0], axis=axis)
+        y = shaped(spec, library, feeds)
+        if spec.partial:  # in numpy, the numbers that stay are repeated beforehand
+            feeds[turning] = feeds[turning].repeat(5, axis)
+        check(spec, feeds, y)
+
+
+def test_turned_rows_without_numbers(library: Path) -> None:
+    for name, spec in TURNED.items():
+        for batch, rows in ((0, 3), (2, 0)):
+            feeds = turned(name, rows, 8, batch=batch)
+            (want,) = spec.reference(feeds, {"scale": SCALE})
+            np.testing.assert_array_equal(run(spec, library, feeds), want)
+
+
+def test_nan_in_a_table_travels(library: Path) -> None:
+    """Keys without weight are left out only where what they turn into is tame."""
+    feeds = turned("halves", 40, 16, heads=1)
+    feeds["sin"].reshape(-1)[-1] = np.nan
+    y = run(TURNED["halves"], library, feeds)
+    check(TURNED["halves"], feeds, y)
+    assert (
+        np.isnan(y).any() == np.isnan(TURNED["halves"].reference(feeds, {"scale": SCALE})[0]).any()
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "shapes", "message"),
+    [
+        ("halves", {"cos": (1, 1, 5, 8)}, "'cos' has another shape than sin"),
+        ("halves", {"cos": (1, 1, 5, 8), "sin": (1, 1, 5, 8)}, "does not fit the last axis"),
+        ("halves", {"cos": (1, 2, 5, 16), "sin": (1, 2, 5, 16)}, "does not fit the last axis"),
+        ("halves", {"cos": (1, 1, 4, 16), "sin": (1, 1, 4, 16)}, "other rows than q or k"),
+        ("halves", {"cos": (2, 1, 5, 16), "sin": (2, 1, 5, 16)}, "'cos' has another batch"),
+        ("halves", {"k": (3, 6, 2, 16), "v": (3, 6, 2, 16)}, "other rows than q or k"),
+        ("pairs", {"cos": (1, 1, 5, 3), "sin": (1, 1, 5, 3)}, "does not fit the last axis"),
+        ("pairs", {"cos": (1, 1, 5, 18), "sin": (1, 1, 5, 18)}, "does not fit the last axis"),
+        ("pairs", {"cos": (1, 1, 1, 5, 8)}, "'cos' does not have four axes"),
+        ("cached", {"cos": (1, 5, 9), "sin": (1, 5, 9)}, "does not fit the last axis"),
+        ("cached", {"cos": (1, 1, 5, 4)}, "'cos' has more than three axes"),
+    ],
+)  # fmt: skip
+def test_wrong_tables_are_refused(
+    name: str, shapes: dict[str, tuple[int, ...]], message: str, library: Path
+) -> None:
+    feeds = turned(name, 5, 16, batch=3)
+    feeds |= {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
+    if "mask" in feeds and "k" in shapes:
+        feeds["mask"] = np.zeros((1, 1, 1, 6), np.float32)
+    with pytest.raises(Exception, match=message):
+        shaped(TURNED[name], library, feeds)
+
+
+def shaped(spec: Attention, library: Path, feeds: Feeds) -> np.ndarray:
+    """`run` with inputs of any rank."""
+    proto = model(spec, 18, SCALE)
+    for value in proto.graph.input:
+        value.CopyFrom(_value(value.name, feeds[value.name].ndim))
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    options.register_custom_ops_library(str(library))
+    session = ort.InferenceSession(proto.SerializeToString(), options)
+    return np.asarray(session.run(None, feeds)[0])
+
+
 @pytest.mark.parametrize(
     ("name", "shape", "message"),
     [
@@ -296,9 +422,10 @@ def test_wrong_shapes_are_refused(
         ort.InferenceSession(proto.SerializeToString(), options).run(None, feeds)
 
 
+@pytest.mark.parametrize("spec", [SPECS["safe"], *TURNED.values()], ids=lambda spec: spec.op_type)
 @pytest.mark.parametrize("level", ["x86-64-v2", "x86-64-v3", "x86-64-v4", "aarch64"])
-def test_kernels_need_no_heap_and_little_stack(level: str) -> None:
-    assembly = compile_module([SPECS["safe"]], Target.parse(level)).inspect_source("asm")
+def test_kernels_need_no_heap_and_little_stack(level: str, spec: Attention) -> None:
+    assembly = compile_module([spec], Target.parse(level)).inspect_source("asm")
     assert "TVMBackend" not in assembly
     frames = re.findall(r"sub(?:q\s+\$|\s+sp, sp, #)(\d+)", assembly)
     assert 0 < sum(map(int, frames)) < 16384

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import itertools
+from typing import get_args
 
 import numpy as np
 import onnx
@@ -11,13 +13,20 @@ import pytest
 from onnx.reference import ReferenceEvaluator
 
 from fusenorm.ops import DOMAIN, DTYPES, Attention
+from fusenorm.ops.attention import Form
 
-F64 = [spec for spec in Attention.variants() if spec.dtype == "f64"]
+F64 = [
+    spec
+    for spec in Attention.variants()
+    if spec.dtype == "f64" and (spec.rotary == "none" or spec.layout in ("hhhh", "ssss"))
+]
 
 
 def tensors(spec: Attention, rng: np.random.Generator) -> dict[str, np.ndarray]:
     """Operands of sizes that all differ; the mask has a row that is -inf throughout."""
     batch, groups, copies, rows, keys, inner, columns = 2, 2, 3, 4, 5, 6, 7
+    if spec.rotary == "qk":
+        keys = rows
     heads = groups * copies
     key_heads = groups if spec.grouped else heads
     shapes = {
@@ -33,6 +42,10 @@ def tensors(spec: Attention, rng: np.random.Generator) -> dict[str, np.ndarray]:
         made["mask"] = np.where(rng.random((batch, 1, rows, keys)) < 0.3, -np.inf, 0.0)
         made["mask"][0, 0, 1] = -np.inf
         made["mask"][1, 0, :, 0] = 0.5
+    if spec.rotary != "none":
+        turning = 4 if spec.partial else inner
+        shape = (batch, rows, turning // 2) if spec.form == "cached" else (batch, 1, rows, turning)
+        made |= {name: rng.normal(size=shape) for name in ("cos", "sin")}
     return made
 
 
@@ -40,11 +53,15 @@ def model(spec: Attention, opset: int, scale: float) -> onnx.ModelProto:
     """One node of `spec` with its function body."""
     kind = int(DTYPES[spec.dtype].onnx)
     names = [slot.name for slot in spec.inputs]
+    ranks = [3 if slot.layout == "cache" else 4 for slot in spec.inputs]
     node = onnx.helper.make_node(spec.op_type, names, ["y"], domain=DOMAIN, scale=scale)
     graph = onnx.helper.make_graph(
         [node],
         "attention",
-        [onnx.helper.make_tensor_value_info(name, kind, [None] * 4) for name in names],
+        [
+            onnx.helper.make_tensor_value_info(name, kind, [None] * rank)
+            for name, rank in zip(names, ranks, strict=True)
+        ],
         [onnx.helper.make_tensor_value_info("y", kind, [None] * 4)],
     )
     imports = [onnx.helper.make_opsetid("", opset), onnx.helper.make_opsetid(DOMAIN, 1)]
@@ -69,8 +86,11 @@ def test_body_is_the_formula(spec: Attention) -> None:
     assert np.isnan(found).any() == (spec.mask and spec.empty == "nan")
 
 
-def test_body_in_every_opset() -> None:
+@pytest.mark.parametrize("form", [None, "halves", "pairs", "cached"])
+def test_body_in_every_opset(form: Form | None) -> None:
     spec = Attention("ssss", mask=True, grouped=True, empty="safe", dtype="f64")
+    if form is not None:
+        spec = dataclasses.replace(spec, rotary="qk", form=form, partial=True)
     feeds = tensors(spec, np.random.default_rng(2))
     (expected,) = spec.reference(feeds, {"scale": 0.25})
     for opset in range(Attention.MIN_OPSET, 24):
@@ -80,15 +100,33 @@ def test_body_in_every_opset() -> None:
         spec.function(12)
 
 
-def test_bodies_change_only_with_their_version() -> None:
+@pytest.mark.parametrize(
+    ("turning", "known"), [(False, "454d208cdd769a97"), (True, "3d3f350ed3a84a9e")]
+)
+def test_bodies_change_only_with_their_version(turning: bool, known: str) -> None:
     """A library and a model may be of different age, so a new body needs a new op_type."""
     digest = hashlib.sha256()
-    for spec, opset in itertools.product(Attention.variants(), (13, 14, 18)):
+    specs = [spec for spec in Attention.variants() if (spec.rotary != "none") == turning]
+    for spec, opset in itertools.product(specs, (13, 14, 18)):
         digest.update(spec.function_text(opset).encode())
     assert Attention.VERSION == 1
-    assert digest.hexdigest()[:16] == "454d208cdd769a97", (
-        "a body changed: raise VERSION of its family"
-    )
+    assert digest.hexdigest()[:16] == known, "a body changed: raise VERSION of its family"
+
+
+@pytest.mark.parametrize("form", get_args(Form))
+def test_only_the_distance_of_positions_counts(form: Form) -> None:
+    """Rotations: q·k is the same when every position grows by one number (arXiv 2104.09864)."""
+    spec = Attention("hhhh", rotary="qk", form=form, dtype="f64")
+    feeds = tensors(spec, np.random.default_rng(3))
+    rows, rates = feeds["q"].shape[2], np.array([1.0, 0.3, 0.1])
+    found = []
+    for start in (0, 5, -2.5):
+        angle = (start + np.arange(rows)[:, None]) * rates
+        if form != "cached":
+            angle = np.tile(angle, 2) if form == "halves" else angle.repeat(2, axis=-1)
+        found += spec.reference(feeds | {"cos": np.cos(angle), "sin": np.sin(angle)}, {"scale": 1})
+    np.testing.assert_allclose(found[1:], [found[0]] * 2, rtol=1e-9)
+    assert not np.allclose(found[0], spec.reference(feeds, {"scale": 1})[0])
 
 
 def test_names_are_read_back() -> None:

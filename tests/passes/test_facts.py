@@ -572,6 +572,34 @@ def test_a_slice_whose_bounds_are_no_half(
     assert half(body, kind, **bounds, pair=[0, 0], pairs=[4, 8], axes=[1, 2]) == part
 
 
+@pytest.mark.parametrize(
+    ("kind", "body", "columns"),
+    [
+        ("float[b,s,9]", "y = Slice(x, zero, four, last)", (9, range(4))),
+        ("float[b,s,9]", "y = Slice(x, four, nine, two)", (9, range(4, 9))),
+        ("float[b,s,9]", "y = Slice(x, nine, nine, last)", (9, range(0))),
+        ("float[b,s,9]", "y = Slice(x, zero, four, zero)", None),
+        ("float[b,s,n]", "y = Slice(x, zero, four, last)", None),
+        ("float[b,s,0]", "y = Slice(x, zero, four, last)", None),
+        ("float[b,s,9]", "y = Gather<axis = -1>(x, given)", (9, range(1, 7, 2))),
+        ("float[b,s,9]", "y = Gather<axis = -1>(x, one)", None),
+        ("float[b,s,9]", "y = Neg(x)", None),
+        ("float[b,s,9]", "y = Constant<value_float = 1.0>()", None),
+    ],
+)
+def test_columns(kind: str, body: str, columns: tuple[int, range] | None) -> None:
+    numbers = {"zero": [0], "four": [4], "nine": [9], "two": [2], "last": [-1], "given": [1, 3, 5]}
+    arrays = {name: np.array(numbers[name]) for name in numbers if name in body}
+    arrays |= {"one": np.array(1)} if "one" in body else {}
+    found = values(body, f"{kind} x", constants=arrays)
+    part = facts.columns_of(found["y"])
+    assert part == (columns and facts.Columns(found["x"], *columns))
+
+
+def test_an_input_is_no_part() -> None:
+    assert facts.columns_of(values("y = Neg(x)")["x"]) is None
+
+
 # What a node reads.
 
 

@@ -52,11 +52,15 @@ def feeds_of(proto: onnx.ModelProto) -> dict[str, np.ndarray]:
         if value.name == "m":
             array = np.where(array > 0.5, -np.inf, array).astype(np.float32)
             array[(0,) * (array.ndim - 1)] = -np.inf
+        if value.name in ("cos", "sin"):
+            array = np.cos(array)
         feeds[value.name] = array > 0 if kind.elem_type == onnx.TensorProto.BOOL else array
     return feeds
 
 
-def fuse(proto: onnx.ModelProto) -> tuple[onnx.ModelProto, list[str], set[str]]:
+def fuse(
+    proto: onnx.ModelProto, refused: str = "Attention"
+) -> tuple[onnx.ModelProto, list[str], set[str]]:
     """The model, its fused attentions, and the codes of what was refused; outputs must agree."""
     work = fusenorm.optimize(proto).model
     before = [value.name for value in work.graph.outputs]
@@ -69,7 +73,7 @@ def fuse(proto: onnx.ModelProto) -> tuple[onnx.ModelProto, list[str], set[str]]:
         np.testing.assert_allclose(b, a, rtol=0, atol=4e-6)
     fused = [node.op_type for node in work.graph if node.op_type.startswith("Attention_")]
     misses = [node.meta[MISS_KEY] for node in work.graph if MISS_KEY in node.meta]
-    return after, fused, {miss.refusal.code for op, miss in misses if op == "Attention"}
+    return after, fused, {miss.refusal.code for op, miss in misses if op == refused}
 
 
 def _write(speller: Speller) -> ir.Value:

@@ -9,6 +9,7 @@ import pytest
 from fusenorm.passes.pattern import (
     Casted,
     Const,
+    Joined,
     Miss,
     Named,
     OneOf,
@@ -277,6 +278,41 @@ def test_a_reduction_over_the_last_axes(body: str, opset: int, axes: int) -> Non
     assert state.bindings["x"].name == "a"
     assert state.axes == axes
     assert [node.op_type for node in state.nodes] == ["ReduceMean"]
+
+
+PAIR = Joined((Op("Neg", (X,)), Var("z")))
+
+
+@pytest.mark.parametrize("axis", [-1, 2])
+def test_columns_side_by_side(axis: int) -> None:
+    found = values(f"n = Neg(a)\ny = Concat<axis = {axis}>(n, b)", "float[s,8] a, float[s,8] b")
+    found["y"].shape = ir.Shape([3, "s", 16])
+    (state,) = matches(PAIR, found["y"])
+    assert isinstance(state, State)
+    assert (state.bindings["x"], state.bindings["z"]) == (found["a"], found["b"])
+    assert [node.op_type for node in state.nodes] == ["Concat", "Neg"]
+
+
+@pytest.mark.parametrize(
+    ("join", "refusal"),
+    [
+        ("Concat<axis = 1>(n, b)", ("axis", "y")),
+        ("Concat<axis = -2>(n, b)", ("axis", "y")),
+        ("Concat<axis = 2>(n, b)", ("axis", "y")),  # the rank is not known
+        ("Sum(n, b)", ("operator", "y")),
+        ("other.Concat<axis = -1>(n, b)", ("operator", "y")),
+        ("Concat<axis = -1>(b, n)", ("operator", "(graph input)")),
+    ],
+)
+def test_what_is_not_side_by_side(join: str, refusal: tuple[str, str]) -> None:
+    inputs = "float[b,s,8] a, float[b,s,8] b"
+    assert why(PAIR, f"n = Neg(a)\ny = {join}", inputs) == refusal
+
+
+def test_as_many_columns_as_operands() -> None:
+    body = "n = Neg(a)\ny = Concat<axis = -1>(n, a, a)"
+    (miss,) = matches(PAIR, values(body)["y"])
+    assert miss == Miss()
 
 
 @pytest.mark.parametrize(

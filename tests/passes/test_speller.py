@@ -12,6 +12,7 @@ from onnx.shape_inference import infer_shapes
 from fusenorm.passes.pattern import (
     Casted,
     Const,
+    Joined,
     Named,
     OneOf,
     Op,
@@ -157,6 +158,30 @@ def test_a_reduction_writes_its_axis_both_ways(op: str, opset: int, by_input: bo
         )
         found.append(list(axes))
     assert found == [[-1], [2]]
+
+
+def test_columns_side_by_side() -> None:
+    pattern = Joined((X, Op("Neg", (X,))))
+    (model,) = spelled(pattern)
+    (x,) = (info.shape.numpy() for info in model.graph.inputs)  # type: ignore[union-attr]
+    assert value(model).shape == (*x[:-1], 2 * x[-1])
+
+
+@pytest.mark.parametrize("dtype", ["f32", "f16"])
+def test_integers_stay_what_they_are(dtype: str) -> None:
+    """The axes of an Unsqueeze, the shape of a Reshape: they are not of the type they meet."""
+
+    def spell(speller: Speller) -> ir.Value:
+        x = speller.row("x")
+        speller.values["axis"] = speller.constant(np.array([0]))
+        speller.values["shape"] = speller.constant(np.array(x.shape.numpy()))  # type: ignore[union-attr]
+        rows = Op("Unsqueeze", (X, Var("axis")))
+        return Op("Reshape", (rows, Var("shape"))).spell(speller)
+
+    (model,) = spellings(spell, dtype=dtype)  # type: ignore[arg-type]
+    infer_shapes(ir.to_proto(model), check_type=True, strict_mode=True)
+    assert nodes(model) == ["Unsqueeze", "Reshape"]
+    assert value(model).ndim == 3
 
 
 def test_a_reduction_over_two_axes_and_its_width() -> None:

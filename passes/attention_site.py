@@ -1,0 +1,202 @@
+"""One attention as it was read of a graph, and the rewrite it becomes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+
+import onnx_ir as ir
+
+from fusenorm.ops.attention import Attention, Empty, Form
+from fusenorm.passes import facts
+from fusenorm.passes.pattern import Refusal, node_name
+from fusenorm.passes.rewrite import Rewrite
+
+
+class Refused(Exception):
+    """A candidate that is none; carries why."""
+
+    def __init__(self, code: str, node: ir.Node | None, detail: str) -> None:
+        super().__init__(detail)
+        self.refusal = Refusal(code, node_name(node), detail)
+
+
+@dataclasses.dataclass(frozen=True)
+class Turn:
+    """How a value is turned.
+
+    Attributes:
+        source: the rows before.
+        cos, sin: the tables.
+        width: how many numbers of a row turn.
+        form, partial: see Attention.
+        nodes: what turns it, last first.
+        computed: shapes it takes from elsewhere, and the value each is the shape of.
+    """
+
+    source: ir.Value
+    cos: ir.Value
+    sin: ir.Value
+    width: int
+    form: Form
+    nodes: tuple[ir.Node, ...]
+    computed: Mapping[ir.Value, ir.Value] = dataclasses.field(default_factory=dict)
+    partial: bool = False
+
+    def like(self, other: Turn) -> bool:
+        """Whether another value is turned in the same way."""
+        names = ("cos", "sin", "form", "partial")
+        return all(getattr(self, name) == getattr(other, name) for name in names)
+
+
+@dataclasses.dataclass
+class Site:
+    """What has been read of one attention.
+
+    Attributes:
+        q, k, v: the operands, heads-first unless their letter says `s`.
+        mask: what is added to the scores.
+        scale: the product of the factors found.
+        empty: see Attention.
+        grouped: whether heads of k and v are shared.
+        turn: the rotary positions of q.
+        keys_turn: whether k has the same.
+        nodes: what computes it, last first.
+        computed: shapes the source takes from elsewhere, and the value each is the shape of.
+    """
+
+    root: ir.Node
+    q: ir.Value
+    k: ir.Value
+    v: ir.Value
+    mask: ir.Value | None = None
+    scale: float = 1.0
+    empty: Empty = "nan"
+    grouped: bool = False
+    turn: Turn | None = None
+    keys_turn: bool = False
+    letters: dict[str, str] = dataclasses.field(default_factory=lambda: dict.fromkeys("qkvy", "h"))
+    nodes: list[ir.Node] = dataclasses.field(default_factory=list)
+    computed: dict[ir.Value, ir.Value] = dataclasses.field(default_factory=dict)
+
+
+def check_operands(site: Site) -> None:
+    for name in "qkv":
+        value = getattr(site, name)
+        if facts.dtype_of(value) != "f32":
+            raise Refused("types", site.root, f"{value.name} is not known to be f32")
+        if facts.rank(value) != 4:
+            raise Refused("rank", site.root, f"{value.name} is not known to have four axes")
+    k_rows, v_rows = (
+        dims_of(getattr(site, name))[1 if site.letters[name] == "s" else 2] for name in "kv"
+    )
+    if (k_rows == 1) != (v_rows == 1):
+        raise Refused("shapes_not_proved", site.root, "the one row of k or v may be repeated")
+    mask = site.mask
+    if mask is not None:
+        if facts.dtype_of(mask) != "f32":
+            raise Refused("types", site.root, f"the mask {mask.name} is not known to be f32")
+        rank = facts.rank(mask)
+        if rank is None or rank > 4:
+            raise Refused("rank", site.root, f"the mask {mask.name} has {rank} axes")
+
+
+def rewrite_of(root: ir.Node, site: Site) -> Rewrite:
+    turn = site.turn
+    spec = Attention(
+        "".join(site.letters.values()),
+        site.mask is not None,
+        site.grouped,
+        site.empty,
+        "none" if turn is None else "qk" if site.keys_turn else "q",
+        "halves" if turn is None else turn.form,
+        turn is not None and turn.partial,
+    )
+    mask = () if site.mask is None else (site.mask,)
+    tables = () if turn is None else (turn.cos, turn.sin)
+    inputs = (site.q, site.k, site.v, *mask, *tables)
+    shapes, symbols = _trial(site)
+    computed = {}
+    for value, like in site.computed.items():
+        dims = [dim if isinstance(dim, int) else symbols.get(dim.value) for dim in dims_of(like)]
+        if None in dims:
+            raise Refused("shapes_not_proved", root, f"{like.name} has a size found nowhere else")
+        computed[value] = tuple(dim for dim in dims if dim is not None)
+    return Rewrite(
+        rule="attention",
+        spec=spec,
+        inputs=inputs,
+        attributes={"scale": site.scale},
+        outputs=(root.outputs[0],),
+        nodes=tuple(dict.fromkeys(reversed(site.nodes))),
+        shapes=shapes,
+        computed=computed,
+    )
+
+
+_ROLES = {"q": "BHSD", "k": "BGTD", "v": "BGTE", "mask": "BHST", "cos": "BHSR", "sin": "BHSR"}
+_CACHE_ROLES = dict.fromkeys(("cos", "sin"), "HBSR")  # three axes at most
+_SIZES = {"B": 2, "H": 6, "G": 3, "S": 5, "T": 7, "D": 4, "E": 3}
+
+
+def _trial(site: Site) -> tuple[dict[ir.Value, tuple[int, ...]], Mapping[str | None, int]]:
+    """Shapes to try the operands with, known sizes as they are; and sizes by symbol."""
+    axes: list[tuple[str, int | ir.SymbolicDim]] = []
+    operands: list[tuple[ir.Value, str]] = []
+    tables = {} if site.turn is None else {"cos": site.turn.cos, "sin": site.turn.sin}
+    cached = site.turn is not None and site.turn.form == "cached"
+    for name, roles in (_ROLES | (_CACHE_ROLES if cached else {})).items():
+        value = tables.get(name) or getattr(site, name, None)
+        if value is None:
+            continue
+        roles = roles[4 - len(dims_of(value)) :]
+        if site.letters.get(name) == "s":
+            roles = roles[0] + roles[2] + roles[1] + roles[3]
+        if site.keys_turn:
+            roles = roles.replace("T", "S")
+        if not site.grouped:
+            roles = roles.replace("G", "H")
+        operands.append((value, roles))
+        axes += zip(roles, dims_of(value), strict=True)
+    sizes = _SIZES | {role: dim for role, dim in axes if isinstance(dim, int) and dim > 1}
+    names = {dim.value: role for role, dim in axes if isinstance(dim, ir.SymbolicDim) and dim.value}
+    for role, dim in axes:  # rows of q and of k may be of one number
+        if isinstance(dim, ir.SymbolicDim) and dim.value and names[dim.value] != role:
+            sizes[role] = sizes[names[dim.value]]
+    shapes = {
+        value: tuple(
+            dim if isinstance(dim, int) and dim > 0 else sizes[role]
+            for role, dim in zip(roles, dims_of(value), strict=True)
+        )
+        for value, roles in operands
+    }
+    return shapes, {name: sizes[role] for name, role in names.items()}
+
+
+def dims_of(value: ir.Value) -> tuple[int | ir.SymbolicDim, ...]:
+    assert value.shape is not None
+    return tuple(value.shape)
+
+
+def input_of(node: ir.Node) -> ir.Value:
+    value = node.inputs[0]
+    assert value is not None
+    return value
+
+
+def is_inside(value: ir.Value, readers: int = 1) -> bool:
+    """Whether nothing but the nodes of the match reads the value."""
+    return len(value.uses()) == readers and not value.is_graph_output()
+
+
+def same(
+    dims: Iterable[int | ir.SymbolicDim] | None, others: Iterable[int | ir.SymbolicDim]
+) -> bool:
+    """Whether these dimensions are provably the same, in order."""
+    if dims is None:
+        return False
+    one, two = list(dims), list(others)
+    return len(one) == len(two) and all(
+        a == b and (isinstance(a, int) or a.value is not None)
+        for a, b in zip(one, two, strict=True)
+    )

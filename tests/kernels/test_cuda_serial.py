@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,12 +9,12 @@ import pytest
 
 from fusenorm.kernels import row_program
 from fusenorm.ops import DTYPES, Gated, Norm, OpSpec
-from tests.kernels.cases import FILLS, attributes, check, columns, inputs, pairwise
+from tests.kernels.cases import FILLS, attributes, check, columns, inputs, some
 from tests.kernels.emulated import Emulated, Guarded, emulate
 
 pytestmark = pytest.mark.kernel
 
-OPS = pairwise() if os.environ.get("FUSENORM_ALL_OPS") else pairwise()[::7]
+OPS = some()
 # Some widths of the case table have kernels of their own, the others take the general ones.
 SPECIALISED = (1, 9, 64, 1000)
 BATCH = 12
@@ -27,7 +26,8 @@ LARGE: tuple[OpSpec, ...] = (
     Gated("swish", "gate_up", "bf16"),
     Gated("gelu", "interleaved"),
 )
-LARGE_WIDTHS = (768, 4096, 8192, 11008, 32768)
+CENTRED = Norm(True)
+LARGE_WIDTHS = (768, 4096, 8192, 11008, 32768, 65536)
 
 
 @pytest.fixture(scope="session")
@@ -49,7 +49,7 @@ def library(tmp_path_factory: pytest.TempPathFactory):
 
 @pytest.fixture(scope="session")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Emulated:
-    return emulate(dict.fromkeys(LARGE, LARGE_WIDTHS), tmp_path_factory.mktemp("large"))
+    return emulate(dict.fromkeys((*LARGE, CENTRED), LARGE_WIDTHS), tmp_path_factory.mktemp("large"))
 
 
 def run(
@@ -115,7 +115,7 @@ def test_any_number_of_rows(library, spec: OpSpec, rows: int) -> None:
         check(spec, values, run(library(spec), spec, values)[0], "normal")
 
 
-@pytest.mark.parametrize("width", [*LARGE_WIDTHS, 4104, 65536])
+@pytest.mark.parametrize("width", [*LARGE_WIDTHS, 4104, 100000])
 @pytest.mark.parametrize("spec", LARGE, ids=lambda spec: spec.op_type)
 def test_long_rows(large: Emulated, spec: OpSpec, width: int) -> None:
     for rows in (1, 2):
@@ -123,6 +123,37 @@ def test_long_rows(large: Emulated, spec: OpSpec, width: int) -> None:
         made, widest = run(large, spec, values)
         assert widest == 16
         check(spec, values, made, "normal")
+
+
+@pytest.mark.parametrize("fill", ["large mean", "nan"])
+@pytest.mark.parametrize("spec", [*LARGE[:4], CENTRED], ids=lambda spec: spec.op_type)
+def test_split_rows(large: Emulated, spec: OpSpec, fill: str) -> None:
+    values = inputs(spec, 3, 50000, fill)
+    check(spec, values, run(large, spec, values, gap=8)[0], fill)
+
+
+@pytest.mark.parametrize(
+    ("rows", "width", "parts"),
+    [
+        (1, 32776, 8),
+        (2, 1 << 21, 128),
+        (100, 32776, 2),
+        (129, 32776, 1),
+        (1, 32768, 1),
+        (1, 32775, 1),
+    ],
+)
+def test_few_long_rows_are_shared_out(large: Emulated, rows: int, width: int, parts: int) -> None:
+    spec = LARGE[3]
+    values = inputs(spec, rows, width, "normal")
+    check(spec, values, run(large, spec, values)[0], "normal")
+    assert large.blocks() == rows * parts
+
+
+def test_few_long_rows_of_a_gated_unit_are_shared_out(large: Emulated) -> None:
+    for width in (11008, 40000):
+        run(large, LARGE[4], inputs(LARGE[4], 2, width, "normal"))
+        assert large.blocks() >= 2 * width // 4096
 
 
 def test_wrong_arguments_are_named(large: Emulated) -> None:

@@ -75,9 +75,8 @@ def inspect(specs: Mapping[OpSpec, Sequence[int]]) -> list[Inspected]:
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "kernels.cu")
         source.write_text(cuda_source(specs, specs), encoding="utf-8")
-        said = nvcc.compile(source, cuda_includes(), Path(folder, "kernels.o"))
-        nvcc.ptx(source, cuda_includes(), Path(folder, "kernels.ptx"))
-        ptx = dict(_ENTRY.findall(Path(folder, "kernels.ptx").read_text()))
+        said, text = nvcc.kernels(source, cuda_includes(), Path(folder))
+        ptx = dict(_ENTRY.findall(text))
     usage: dict[str, dict[str, Usage]] = {}
     for kernel, arch, stack, stores, loads, registers in _USAGE.findall(said):
         made = Usage(int(registers), int(stack), int(stores) + int(loads))

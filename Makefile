@@ -24,7 +24,7 @@ test: $(VENV)/.test
 	$(BIN)/python -m pytest -n $(JOBS) -m "not cuda and not serving"
 
 test-cuda-build: .venv-cuda/.done
-	FUSENORM_ALL_OPS=1 .venv-cuda/bin/python -m pytest -n $(JOBS) -k cuda -m "not cuda" tests/kernels tests/lower
+	FUSENORM_ALL_OPS=1 .venv-cuda/bin/python -m pytest -n $(JOBS) --dist loadgroup -k cuda -m "not cuda" tests/kernels tests/lower
 	.venv-cuda/bin/python -m tests.cuda_inspection
 
 test-olive: .venv-olive/.done

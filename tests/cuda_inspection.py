@@ -18,8 +18,8 @@ from fusenorm.kernels.cuda import Variant, variants
 from fusenorm.lower import Target, build_library
 from fusenorm.lower.library import cuda_includes, cuda_source
 from fusenorm.lower.nvcc import ARCHS, Nvcc
-from fusenorm.ops import DType, Gated, Norm, OpSpec
-from tests.kernels.cases import pairwise
+from fusenorm.ops import OpSpec
+from tests.kernels.cases import model_ops, pairwise
 
 _USAGE = re.compile(
     r"Compiling entry function '(\w+)' for '(sm_\d+)'.*?"
@@ -29,8 +29,6 @@ _USAGE = re.compile(
 )
 _ENTRY = re.compile(r"\.entry (\w+)\((.*?)\n}\n", re.S)
 _ACCESS = re.compile(r"\b(ld|st)\.global\S*?(?:\.v(\d))?\.[a-z]+(\d+)\s")
-NORM_WIDTHS = (768, 1000, 4096, 8192, 16384, 32768)
-GLU_WIDTHS = (3072, 11008)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +52,8 @@ class Inspected:
     Attributes:
         spec: the op.
         symbol: the function that launches it.
-        variant: which of the op's kernels it is.
+        variant: which of the op's it belongs to.
+        launch: its number among those of the variant.
         usage: by architecture.
         loads, stores: bits its accesses to global memory have, in ascending order.
         shuffles: warp shuffles in its PTX.
@@ -63,27 +62,11 @@ class Inspected:
     spec: OpSpec
     symbol: str
     variant: Variant
+    launch: int
     usage: Mapping[str, Usage]
     loads: tuple[int, ...]
     stores: tuple[int, ...]
     shuffles: int
-
-
-def inspected_ops() -> dict[OpSpec, tuple[int, ...]]:
-    """The ops of real models in every type, with the row lengths they are specialised on."""
-    found: dict[OpSpec, tuple[int, ...]] = {}
-    dtypes: tuple[DType, ...] = ("f32", "f16", "bf16")
-    for dtype in dtypes:
-        for centred in (False, True):
-            bias = dtype if centred else None
-            found[Norm(centred, False, dtype, dtype, bias)] = NORM_WIDTHS
-            found[Norm(centred, True, dtype, dtype, bias)] = NORM_WIDTHS
-        found[Norm(True, True, dtype, dtype, dtype, alpha=True)] = (768, 4096)
-        for layout in ("pair", "gate_up", "interleaved"):
-            found[Gated("swish", layout, dtype)] = GLU_WIDTHS
-        found[Gated("gelu", dtype=dtype)] = ()
-        found[Gated("gelu_tanh", "gate_up", dtype)] = GLU_WIDTHS
-    return found
 
 
 def inspect(specs: Mapping[OpSpec, Sequence[int]]) -> list[Inspected]:
@@ -92,9 +75,8 @@ def inspect(specs: Mapping[OpSpec, Sequence[int]]) -> list[Inspected]:
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "kernels.cu")
         source.write_text(cuda_source(specs, specs), encoding="utf-8")
-        said = nvcc.compile(source, cuda_includes(), Path(folder, "kernels.o"))
-        nvcc.ptx(source, cuda_includes(), Path(folder, "kernels.ptx"))
-        ptx = dict(_ENTRY.findall(Path(folder, "kernels.ptx").read_text()))
+        said, text = nvcc.kernels(source, cuda_includes(), Path(folder))
+        ptx = dict(_ENTRY.findall(text))
     usage: dict[str, dict[str, Usage]] = {}
     for kernel, arch, stack, stores, loads, registers in _USAGE.findall(said):
         made = Usage(int(registers), int(stack), int(stores) + int(loads))
@@ -102,7 +84,8 @@ def inspect(specs: Mapping[OpSpec, Sequence[int]]) -> list[Inspected]:
     found = []
     for spec, columns in specs.items():
         for symbol in symbols(spec, "cuda"):
-            for number, variant in enumerate(variants(spec, columns)):
+            made = ((v, launch) for v in variants(spec, columns) for launch in range(v.kernels))
+            for number, (variant, launch) in enumerate(made):
                 kernel = f"{symbol}_kernel{f'_{number}' if number else ''}"
                 bits: dict[str, set[int]] = {"ld": set(), "st": set()}
                 for kind, count, size in _ACCESS.findall(ptx[kernel]):
@@ -110,7 +93,7 @@ def inspect(specs: Mapping[OpSpec, Sequence[int]]) -> list[Inspected]:
                 loads, stores = (tuple(sorted(bits[kind])) for kind in ("ld", "st"))
                 shuffles = ptx[kernel].count("shfl.sync.bfly")
                 found.append(
-                    Inspected(spec, symbol, variant, usage[kernel], loads, stores, shuffles)
+                    Inspected(spec, symbol, variant, launch, usage[kernel], loads, stores, shuffles)
                 )
     return found
 
@@ -118,7 +101,7 @@ def inspect(specs: Mapping[OpSpec, Sequence[int]]) -> list[Inspected]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--all", action="store_true", help="every op of the case table")
-    specs = inspected_ops()
+    specs = model_ops()
     if parser.parse_args().all:
         specs |= {spec: (64, 1000) for spec in pairwise() if spec not in specs}
     print(
@@ -130,8 +113,9 @@ def main() -> None:
         name = item.symbol.removeprefix("fusenorm_cuda_")
         registers = " | ".join(str(item.usage[arch].registers) for arch in ARCHS)
         spills = sum(usage.spills + usage.stack for usage in item.usage.values())
+        kernel = f"{item.variant.name}{f', {item.launch + 1}' if item.variant.kernels > 1 else ''}"
         print(
-            f"| {name} | {item.variant.name} | {registers} | {spills} | {item.loads} "
+            f"| {name} | {kernel} | {registers} | {spills} | {item.loads} "
             f"| {item.stores} | {item.shuffles} |"
         )
     with tempfile.TemporaryDirectory() as folder:

@@ -3,9 +3,9 @@
     python -m tests.gpu_bundle [-o build/fusenorm-gpu.tar.gz] [--python 3.12]
     tar xzf fusenorm-gpu.tar.gz && fusenorm-gpu/run.sh    # over there
 
-It holds the sources and tests, an artifact of built kernels (the tests' ops, and the benchmark's
-for its row lengths), wheels of what fusenorm imports, and run.sh. Over there Python's version must
-be the one given here.
+It holds the sources and tests, an artifact of built kernels (the tests' ops and the benchmark's,
+for their row lengths), wheels of what fusenorm imports, and run.sh. Over there Python's version
+must be the one given here.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from fusenorm.lower import Target, build_library
 from fusenorm.ops import DOMAIN, DTYPES, OpSpec
 from fusenorm.torch import ops
 from tests.bench import cuda as bench
-from tests.kernels.cases import attributes, pairwise
+from tests.kernels.cases import attributes, gpu_ops, pairwise
 from tests.torch.calls import SPECS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -116,6 +116,9 @@ def model(specs: Iterable[OpSpec]) -> onnx.ModelProto:
 def artifact(target: Target, folder: Path, quick: bool) -> Path:
     """The ops compiled for a target."""
     columns = bench_columns(bench.cases([*bench.OPS], [*bench.DTYPES], bench.ELEMENTS, quick))
+    if not quick:
+        for spec, lengths in gpu_ops().items():
+            columns.setdefault(spec, set()).update(lengths)
     tested = SPECS[:2] if quick else (*SPECS, *pairwise())
     specs = list(dict.fromkeys((*columns, *tested)))
     with tempfile.TemporaryDirectory() as work:

@@ -4,7 +4,8 @@
     python -m tests.gpu_run ops.fnorm --device cpu    # whether everything is there
 
 Steps: the tests marked cuda, the same under compute-sanitizer's memcheck and racecheck where that
-is installed, the benchmark. summary.md says how each went; the exit code is 1 if one failed.
+is installed, the benchmark. summary.md says how each went; the exit code is 1 if one failed, 2
+without a GPU.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ from pathlib import Path
 
 import torch
 
-TESTS = "tests/torch/test_cuda.py"
+TESTS = ("tests/torch/test_cuda.py", "tests/kernels/test_cuda_gpu.py")
 # Each test once, on ordinary numbers: under the sanitizer a kernel takes a hundred times as long.
-SANITIZED = "(case_table and normal) or no_rows"
+SANITIZED = "(case_table and normal) or no_rows or few_long_rows"
 TOOLS = ("memcheck", "racecheck")
 
 
@@ -40,8 +41,8 @@ class Step:
 
 def steps(artifact: Path, out: Path, device: str) -> Iterator[Step]:
     python = sys.executable
-    # Above tests/torch lie fixtures for what is not needed, and not installed, on a GPU machine.
-    pytest = (python, "-m", "pytest", TESTS, "-m", "cuda", "--confcutdir", "tests/torch", "-q")
+    # Above these folders lie fixtures for what is not needed, and not installed, on a GPU machine.
+    pytest = (python, "-m", "pytest", *TESTS, "-m", "cuda", "--confcutdir", "tests/torch", "-q")
     bench = (python, "-m", "tests.bench", "--cuda", "--artifact", str(artifact))
     bench = (*bench, "--out", str(out / "bench"))
     if device == "cpu":
@@ -93,6 +94,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("out"))
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     given = parser.parse_args(arguments)
+    if given.device == "cuda" and not torch.cuda.is_available():
+        print("torch sees no CUDA GPU here; --device cpu tells whether everything else is there")
+        return 2
     given.out.mkdir(parents=True, exist_ok=True)
     known = json.dumps(environment(), indent=1)
     (given.out / "environment.json").write_text(known + "\n", encoding="utf-8")

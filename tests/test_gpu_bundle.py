@@ -11,6 +11,7 @@ from pathlib import Path
 
 import onnx
 import pytest
+import torch
 
 from fusenorm.lower import Target
 from fusenorm.ops import Gated, Norm
@@ -71,6 +72,13 @@ def test_a_gpu_run_tests_sanitizes_and_measures(tmp_path: Path) -> None:
         assert step.command[1:3] == ("--tool", step.name)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_without_a_gpu_it_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert gpu_run.main(["a.fnorm", "--out", str(tmp_path / "out")]) == 2
+    assert "no CUDA GPU" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_failure_is_an_exit_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def script(code: str) -> tuple[str, ...]:
         return (sys.executable, "-c", code)
@@ -84,7 +92,7 @@ def test_a_failure_is_an_exit_code(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             Step("absent", (), "it is not installed"),
         ],
     )
-    assert gpu_run.main(["a.fnorm", "--out", str(tmp_path)]) == 1
+    assert gpu_run.main(["a.fnorm", "--device", "cpu", "--out", str(tmp_path)]) == 1
     lines = (tmp_path / "summary.md").read_text().splitlines()[2:]
     assert [line.split(" | ")[1] for line in lines] == [
         "passed",

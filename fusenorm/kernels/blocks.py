@@ -1,4 +1,4 @@
-"""The three ways CUDA kernels go over rows: held in registers, read again, or as one flat line."""
+"""The ways CUDA kernels go over rows: held in registers, read again, split, or as one flat line."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import tvm.script.ir_builder.tirx as T
 from fusenorm.kernels.mathfn import Expr
 from fusenorm.kernels.program import Reduction
 from fusenorm.kernels.rows import Block
-from fusenorm.kernels.threads import BUSY, FLAT, STREAM, WARP, ThreadEmitter, Tiling
+from fusenorm.kernels.threads import BUSY, FLAT, SPLIT, STREAM, WARP, ThreadEmitter, Tiling
+from fusenorm.ops import DTYPES
 
 Body = Callable[[Expr, Expr], None]
 
@@ -45,19 +46,31 @@ def streaming(emitter: ThreadEmitter, rows: Expr) -> None:
     steps = (groups + (tile.threads - 1)) // tile.threads
     with _launch(rows, tile, steps if shared else 1) as (row, part, thread):
 
-        def at(step: Expr, body: Body) -> None:
-            group = T.bind(T.cast(step, "int64") * tile.threads + T.cast(thread, "int64"))
+        def own(body: Body) -> None:
+            group = T.bind(T.cast(part, "int64") * tile.threads + T.cast(thread, "int64"))
             with _only_if([group < groups]):
                 body(0, group)
 
-        def each(body: Body) -> None:
-            if shared:
-                at(part, body)
-                return
-            with T.serial(steps) as step:
-                at(step, body)
-
+        each = own if shared else _stretch(T.int64(0), groups, tile, thread)
         _Passes(emitter, row, thread, tile, each, 0).run()
+
+
+def split(emitter: ThreadEmitter, rows: Expr) -> None:
+    """One launch per pass: few long rows, each over several blocks.
+
+    Every pass has the means of whole rows, as in the other kernels: the launch before has left the
+    sums of a row's parts.
+    """
+    tile = Tiling(0, emitter.vector, STREAM, 1, 1, 1)
+    groups = emitter.columns() // emitter.vector
+    parts = T.min(groups // STREAM, T.truncdiv(T.int64(SPLIT), rows))
+    for number in range(len(emitter.program.levels) + 1):
+        fresh = emitter.over(emitter.vector)
+        fresh.stores_whole = True
+        with _launch(rows, tile, parts) as (row, part, thread):
+            sums = _Sums(fresh, T.cast(row, "int64"), thread, T.cast(part, "int64"), parts)
+            each = _stretch(sums.edge(sums.part), sums.edge(sums.part + 1), tile, thread)
+            _Passes(fresh, row, thread, tile, each, 0).run_one(number, sums)
 
 
 def flat(emitter: ThreadEmitter, count: Expr) -> None:
@@ -82,7 +95,7 @@ def flat(emitter: ThreadEmitter, count: Expr) -> None:
             with _only_if(cut_off), T.serial(count - first) as lane:
                 body(0, first + lane)
 
-        tail = emitter.narrowed()
+        tail = emitter.over(1)
         _Passes(tail, zero, thread, tile, single, 0).run()
 
 
@@ -102,6 +115,18 @@ def _launch(blocks: Expr, tile: Tiling, parts: Expr) -> Iterator[tuple[Expr, Exp
         yield block, part, thread
 
 
+def _stretch(first: Expr, end: Expr, tile: Tiling, thread: Expr) -> Callable[[Body], None]:
+    """The groups [first, end), shared out to the threads of a block, one at hand at a time."""
+
+    def each(body: Body) -> None:
+        with T.serial((end - first + (tile.threads - 1)) // tile.threads) as step:
+            group = T.bind(first + T.cast(step, "int64") * tile.threads + T.cast(thread, "int64"))
+            with _only_if([group < end]):
+                body(0, group)
+
+    return each
+
+
 @contextmanager
 def _only_if(checks: list[Expr]) -> Iterator[None]:
     if not checks:
@@ -112,6 +137,52 @@ def _only_if(checks: list[Expr]) -> Iterator[None]:
         condition = T.And(condition, check)
     with T.If(condition), T.Then():
         yield
+
+
+class _Sums:
+    """Sums of the parts of a row, from one launch to the next.
+
+    They lie in the first output, which the last launch alone fills: a part leaves its sum in the
+    columns of every part, so that no block overwrites what another has yet to read.
+
+    Attributes:
+        part, parts: the number of the block in its row, and how many share the row.
+    """
+
+    def __init__(
+        self, emitter: ThreadEmitter, row: Expr, thread: Expr, part: Expr, parts: Expr
+    ) -> None:
+        self.emitter, self.row, self.thread = emitter, row, thread
+        self.part, self.parts = part, parts
+        levels = emitter.program.levels
+        self.order = [reduction.output for level in levels for reduction in level]
+
+    def edge(self, part: Expr) -> Expr:
+        """The first group of a part."""
+        groups = self.emitter.columns() // self.emitter.vector
+        return T.bind(T.truncdiv(groups * part, self.parts))
+
+    def leave(self, name: str, total: Expr) -> None:
+        """Leave this part's sum to every part."""
+        with T.If(self.thread < self.parts), T.Then():
+            buffer, start = self._place(name, T.cast(self.thread, "int64"))
+            T.buffer_store(buffer, total, [start + self.part])
+
+    def take(self, name: str) -> Any:
+        """The sums of all parts, one to a thread, as they were left to this part."""
+        sums = _zero()
+        with T.If(self.thread < self.parts), T.Then():
+            buffer, start = self._place(name, self.part)
+            T.buffer_store(sums, buffer[start + T.cast(self.thread, "int64")], [0])
+        return sums
+
+    def _place(self, name: str, part: Expr) -> tuple[Any, Expr]:
+        """The first output as f32, and where the sums lie that were left to `part`."""
+        slot = self.emitter.outputs[0]
+        line, start = self.emitter.memory(slot, self.row, self.edge(part))
+        share = 4 // DTYPES[slot.dtype].numpy.itemsize
+        buffer = T.decl_buffer((line.shape[0] // share,), "float32", data=line.data)
+        return buffer, start // share + self.order.index(name) * SPLIT
 
 
 class _Passes:
@@ -139,27 +210,58 @@ class _Passes:
         self.tile, self.each, self.chunks = tile, each, chunks
 
     def run(self) -> None:
+        """All of them."""
         emitter, program = self.emitter, self.emitter.program
-        emitter.uniform("attribute")
-        emitter.spread(set(emitter.scalars))
-        first = emitter.outputs[0]
-        early = [
-            slot.name
-            for slot in emitter.outputs
-            if slot != first and program.levels and program.row_free(slot.name)
-        ]
-        late = [slot.name for slot in emitter.outputs if slot.name not in early]
+        self._begin()
         coming = [reduction.input for level in program.levels[1:] for reduction in level]
+        late = self._late()
         kept = emitter.frontier([*coming, *late]) if self.chunks and program.levels else []
+        early = self._early()
         made = list(dict.fromkeys([*early, *(name for name in kept if name in program.nodes)]))
         for level in program.levels:
-            self._over(made, level, kept)
+            self._means(level, self._over(made, level, kept))
             emitter.resident |= {name: name for name in made if name in (*kept, *early)}
             made = []
+        emitter.keep_narrow(kept)  # the last pass needs room for vectors
         self._over(late, (), ())
 
-    def _over(self, made: list[str], level: tuple[Reduction, ...], kept: Collection[str]) -> None:
-        """One pass: makes values, stores those that are outputs, and reduces `level`."""
+    def run_one(self, number: int, parts: _Sums) -> None:
+        """One of them, over a part of the row, after launches that did those before it."""
+        emitter, levels = self.emitter, self.emitter.program.levels
+        self._begin()
+        for level in levels[:number]:
+            self._means(level, {mean.output: parts.take(mean.output) for mean in level})
+        early = self._early()
+        emitter.resident |= dict(zip(early, early, strict=True)) if number else {}
+        if number == len(levels):
+            self._over(self._late(), (), ())
+            return
+        sums = self._over([] if number else early, levels[number], ())
+        for name, own in sums.items():
+            parts.leave(name, self._total(own))
+
+    def _begin(self) -> None:
+        self.emitter.uniform("attribute")
+        self.emitter.spread(set(self.emitter.scalars))
+
+    def _early(self) -> list[str]:
+        """Outputs the first pass makes."""
+        emitter = self.emitter
+        return [
+            slot.name
+            for slot in emitter.outputs[1:]
+            if emitter.program.levels and emitter.program.row_free(slot.name)
+        ]
+
+    def _late(self) -> list[str]:
+        """Outputs the last pass makes."""
+        early = self._early()
+        return [slot.name for slot in self.emitter.outputs if slot.name not in early]
+
+    def _over(
+        self, made: list[str], level: tuple[Reduction, ...], kept: Collection[str]
+    ) -> dict[str, Any]:
+        """One pass: makes values, stores those that are outputs; the thread's sums for `level`."""
         emitter = self.emitter
         leaves = emitter.leaves([*made, *(reduction.input for reduction in level)])
         leaves = [name for name in leaves if not emitter.holds_whole(name)]
@@ -192,7 +294,7 @@ class _Passes:
                     emitter.put(slot.name, self.row, group, chunk)
 
         self.each(body)
-        self._means(level, sums)
+        return sums
 
     def _fetch(self, names: list[str], chunk: Expr, group: Expr) -> None:
         for name in names:

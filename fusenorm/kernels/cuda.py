@@ -9,11 +9,13 @@ the second out. They are called as tvm-ffi functions (`tvm_ffi.load_module`):
     tensors     DLPack tensors on one CUDA device, of the declared dtypes (bf16 as bfloat16):
                 rows [rows, D], packed [rows, 2D], vectors [D]; rows lie at any stride, their
                 elements side by side; any alignment, any D, any number of rows, none included
-    outputs     made by the caller, no input overlaps them
+    outputs     made by the caller, no input overlaps them; y also holds what the launches of one
+                call have to tell one another
     stream      TVMFFIEnvGetStream of tvm_ffi, where the process has it loaded
     errors      wrong types, shapes and devices raise before anything runs
 
-A call only launches: it neither waits nor allocates, so it can be captured in a CUDA graph.
+A call only launches (several kernels where few long rows are shared out to blocks): it neither
+waits nor allocates, so it can be captured in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -31,11 +33,20 @@ import tvm
 import tvm.script.ir_builder.tirx as T
 from tvm.script.ir_builder import IRBuilder
 
-from fusenorm.kernels.blocks import flat, resident, streaming
+from fusenorm.kernels.blocks import flat, resident, split, streaming
 from fusenorm.kernels.mathfn import Expr
 from fusenorm.kernels.program import RowProgram, row_program, supports, symbols
 from fusenorm.kernels.rows import function
-from fusenorm.kernels.threads import ELEMENT, PRELUDE, ThreadEmitter, Tiling, access, widest
+from fusenorm.kernels.threads import (
+    ELEMENT,
+    PRELUDE,
+    SPLIT,
+    ThreadEmitter,
+    Tiling,
+    access,
+    fits,
+    widest,
+)
 from fusenorm.ops import DTYPES, OpSpec, Slot
 
 MOST_ROWS = 2**31 - 1  # blocks of a launch
@@ -43,25 +54,27 @@ MOST_ROWS = 2**31 - 1  # blocks of a launch
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """One kernel of an op.
+    """One way to compute an op.
 
     Attributes:
         name: what tables call it.
         vector: columns a thread moves at once, where every tensor is aligned for that.
         tile: of a kernel for one D, None for one that takes any.
         flat: it takes the tensors as one line of elements.
+        kernels: launched one after another; of several, each has many blocks to a row.
     """
 
     name: str
     vector: int
     tile: Tiling | None = None
     flat: bool = False
+    kernels: int = 1
 
 
 def variants(spec: OpSpec, columns: Iterable[int]) -> list[Variant]:
     """The kernels of `spec` for some row lengths and for any, in the order they are tried.
 
-    Every function of the op has them; the n-th is its CUDA kernel `SYMBOL_kernel[_n]`.
+    Every function of the op has them, as its CUDA kernels `SYMBOL_kernel[_n]` in this order.
     """
     program = row_program(spec)
     full = widest(program)
@@ -70,6 +83,8 @@ def variants(spec: OpSpec, columns: Iterable[int]) -> list[Variant]:
         return [*made, Variant("any D single", 1)]
     tiles = [Tiling.of(program, width) for width in sorted(set(columns))]
     fixed = [Variant(f"D={tile.columns}", tile.vector, tile) for tile in tiles if tile]
+    if None in tiles:
+        fixed.append(Variant("long D, few rows", full, kernels=len(program.levels) + 1))
     return [*fixed, Variant("any D", full), Variant("any D single", 1)]
 
 
@@ -78,7 +93,8 @@ def cuda(spec: OpSpec, columns: Iterable[int] = ()) -> list[Any]:
 
     Args:
         spec: the op; one with a row program.
-        columns: row lengths to have kernels of their own; other rows are read once per pass.
+        columns: row lengths to have kernels of their own; other rows are read once per pass. With
+            one among them that no block can hold, there are kernels that share out long rows.
 
     Raises:
         NotImplementedError: the op has no CUDA kernel; `supports` says why.
@@ -128,6 +144,8 @@ def _host(
                 flat(emitter, rows * columns)
             elif variant.tile:
                 resident(emitter, rows, variant.tile)
+            elif variant.kernels > 1:
+                split(emitter, rows)
             else:
                 streaming(emitter, rows)
 
@@ -139,6 +157,8 @@ def _host(
                 checks.insert(0, T.Or(rows == 1, side_by_side))
             elif variant.vector > 1:
                 checks.insert(0, columns % variant.vector == 0)
+            if variant.kernels > 1:
+                checks += [columns > fits(program), rows <= SPLIT // 2]
             return functools.reduce(T.And, checks)
 
         most = T.Assert(rows <= MOST_ROWS, f"at most {MOST_ROWS} rows")

@@ -20,17 +20,23 @@ from fusenorm.ops import DTYPES, DType, Slot
 
 ELEMENT: Mapping[DType, str] = {"f16": "float16", "bf16": "bfloat16", "f32": "float32"}
 ACCESS = 16  # bytes a thread moves at once
-STORE = "fusenorm_store"  # the function of `PRELUDE`
-# Where the address is not known to be one of few, nvcc takes a plain store to pieces.
+STORE, KEEP = "fusenorm_store", "fusenorm_keep"  # functions of `PRELUDE`
+# Where the address is not known to be one of few, nvcc takes a plain store to pieces. And it keeps
+# f32 values made of a row, in twice the registers, unless it has to think that the row has changed.
 PRELUDE = f"""#include <cuda_runtime.h>
 template <typename T>
 static __device__ __forceinline__ void {STORE}(T* to, const T* from) {{
   __stwb(reinterpret_cast<uint4*>(to), *reinterpret_cast<const uint4*>(from));
 }}
+template <typename T>
+static __device__ __forceinline__ void {KEEP}(T* pair) {{
+  asm volatile("" : "+r"(*reinterpret_cast<unsigned*>(pair)));
+}}
 """
 WARP = 32
 BLOCK = 128  # threads of a block that holds several rows
 STREAM = 512  # threads of a block that reads its row again
+SPLIT = 256  # blocks that share few long rows
 FLAT = 256  # threads of a block without rows
 WIDE = 512  # threads of a row at most, so that a multiprocessor has two blocks at work
 MOST_THREADS = 1024  # where a row needs them
@@ -204,6 +210,14 @@ class ThreadEmitter(Emitter):
         stored = value if dtype == "f32" else self.lanes.cast(ELEMENT[dtype], value)
         T.buffer_store(registers.buffer, stored, [self._place(registers)])
 
+    def keep_narrow(self, names: Iterable[str]) -> None:
+        """Have 16-bit values of all groups stay as they are until now."""
+        for name in names:
+            buffer = self.held[name].buffer
+            if self.vector > 1 and buffer.dtype != "float32":
+                for pair in range(0, int(buffer.shape[0]), 2):
+                    T.evaluate(T.call_extern("void", KEEP, T.address_of(buffer[pair])))
+
     def _place(self, registers: Registers, stride: int = 1) -> Expr:
         chunk, lane = self.at
         return ((chunk if registers.whole else 0) * self.vector + lane) * stride
@@ -266,10 +280,12 @@ class ThreadEmitter(Emitter):
             value = registers.buffer[_span(first_of_chunk + first, length)]
             T.buffer_store(line, value, [_span(start + first, length)])
 
-    def narrowed(self) -> ThreadEmitter:
-        """The same over groups of one column."""
+    def over(self, vector: int) -> ThreadEmitter:
+        """The same from the start, over groups of `vector` columns."""
         attributes = {name: self.scalars[name] for name in self.program.attributes}
-        return ThreadEmitter(self.program, self.outputs, self.buffers, attributes, self.width, 1)
+        return ThreadEmitter(
+            self.program, self.outputs, self.buffers, attributes, self.width, vector
+        )
 
     # What a pass needs
 

@@ -68,17 +68,30 @@ class Nvcc:
 
     def compile(self, source: Path, includes: Sequence[str], output: Path) -> str:
         """Compile a .cu file to an object for every architecture; what ptxas said of it."""
+        return run([*self._command(includes), "-c", source, "-o", output])
+
+    def kernels(self, source: Path, includes: Sequence[str], folder: Path) -> tuple[str, str]:
+        """Compile a .cu file's kernels alone, without what launches them.
+
+        Args:
+            source: the file.
+            includes: folders of the headers it includes.
+            folder: for intermediate files.
+
+        Returns:
+            What ptxas said, and the PTX text for the first architecture.
+        """
+        kept = ("-keep", "-keep-dir", folder, "-fatbin", "-o", folder / "kernels.fatbin")
+        said = run([*self._command(includes), *kept, source])
+        arch = ARCHS[0].replace("sm", "compute")
+        return said, (folder / f"{source.stem}.{arch}.ptx").read_text(encoding="utf-8")
+
+    def _command(self, includes: Sequence[str]) -> list[str | Path]:
+        """What compiles for every architecture."""
         targets = [f"-gencode=arch={arch.replace('sm', 'compute')},code={arch}" for arch in ARCHS]
         targets.append(f"-gencode=arch={PTX},code={PTX}")
         paths = [f"-I{path}" for path in includes]
-        arguments = [*FLAGS, *QUIET, "-Xptxas=-v", *targets, *paths]
-        return run([self.path, *arguments, "-c", source, "-o", output])
-
-    def ptx(self, source: Path, includes: Sequence[str], output: Path) -> None:
-        """Compile a .cu file to PTX text for the first architecture."""
-        arch = ARCHS[0].replace("sm", "compute")
-        paths = [f"-I{path}" for path in includes]
-        run([self.path, *FLAGS, *QUIET, *paths, f"-arch={arch}", "-ptx", source, "-o", output])
+        return [self.path, *FLAGS, *QUIET, "-Xptxas=-v", *targets, *paths]
 
     def link(self, objects: Sequence[Path], exports: Path, output: Path) -> None:
         """Link a shared library with the CUDA runtime inside."""

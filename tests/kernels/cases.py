@@ -12,9 +12,11 @@ import onnx
 import torch
 
 from fusenorm.kernels import row_program, supports
-from fusenorm.ops import DTYPES, FAMILIES, OpSpec
+from fusenorm.ops import DTYPES, FAMILIES, DType, Gated, Norm, OpSpec
 
 ATTRIBUTES = {"epsilon": 1e-5, "alpha": 1.7, "beta": 0.8, "floor": -1.5, "limit": 0.75}
+NORM_WIDTHS = (768, 1000, 4096, 8192, 16384, 32768, 65536)
+GLU_WIDTHS = (3072, 11008)
 FILLS = ("normal", "large mean", "constant", "largest", "nan")
 BODY_OPSET = 18
 
@@ -45,6 +47,33 @@ def pairwise(specs: Iterable[OpSpec] | None = None) -> list[OpSpec]:
             seen |= pairs
             chosen.append(spec)
     return chosen
+
+
+def some() -> list[OpSpec]:
+    """Every seventh of those ops, where one takes long; FUSENORM_ALL_OPS=1 gives all."""
+    return pairwise() if os.environ.get("FUSENORM_ALL_OPS") else pairwise()[::7]
+
+
+def model_ops() -> dict[OpSpec, tuple[int, ...]]:
+    """The ops of real models in every type, with the row lengths they are specialised on."""
+    found: dict[OpSpec, tuple[int, ...]] = {}
+    dtypes: tuple[DType, ...] = ("f32", "f16", "bf16")
+    for dtype in dtypes:
+        for centred in (False, True):
+            bias = dtype if centred else None
+            found[Norm(centred, False, dtype, dtype, bias)] = NORM_WIDTHS
+            found[Norm(centred, True, dtype, dtype, bias)] = NORM_WIDTHS
+        found[Norm(True, True, dtype, dtype, dtype, alpha=True)] = (768, 4096)
+        for layout in ("pair", "gate_up", "interleaved"):
+            found[Gated("swish", layout, dtype)] = GLU_WIDTHS
+        found[Gated("gelu", dtype=dtype)] = ()
+        found[Gated("gelu_tanh", "gate_up", dtype)] = GLU_WIDTHS
+    return found
+
+
+def gpu_ops() -> dict[OpSpec, tuple[int, ...]]:
+    """The ops of the tests on a GPU, with the row lengths they are specialised on."""
+    return dict.fromkeys(some(), (1, 9, 64, 1000)) | model_ops()
 
 
 def attributes(spec: OpSpec) -> dict[str, float]:

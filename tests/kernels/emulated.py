@@ -6,7 +6,7 @@ import ctypes
 import dataclasses
 import shutil
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,10 +62,17 @@ def dltensor(slot: Slot, array: np.ndarray) -> _DLTensor:
 
 @dataclasses.dataclass(frozen=True)
 class Emulated:
-    """A compiled .cu: its functions, callable on numpy arrays."""
+    """A compiled .cu: its functions, callable on numpy arrays.
+
+    Attributes:
+        module: holds the functions.
+        widest: the bytes of the widest access of the last launch.
+        blocks: how many blocks it had.
+    """
 
     module: Any
-    widest: Any
+    widest: Callable[[], int]
+    blocks: Callable[[], int]
 
     def __call__(
         self,
@@ -81,13 +88,15 @@ class Emulated:
         pointers = [ctypes.c_void_p(ctypes.addressof(tensor)) for tensor in tensors]
         numbers = [float(attributes[name]) for name in spec.attributes]
         self.module.get_function(name)(*pointers, *numbers)
-        return int(self.widest())
+        return self.widest()
 
 
 def emulate(specs: Mapping[OpSpec, Sequence[int]], folder: Path) -> Emulated:
     """The CUDA kernels of ops, each specialised on some row lengths, built for this CPU."""
     library = compile_parts(cuda_source(specs, specs), folder, SHIMS[:1])
-    return Emulated(tvm_ffi.load_module(str(library)), ctypes.CDLL(str(library)).emulation_widest)
+    exported = ctypes.CDLL(str(library))
+    module = tvm_ffi.load_module(str(library))
+    return Emulated(module, exported.emulation_widest, exported.emulation_blocks)
 
 
 def compile_parts(

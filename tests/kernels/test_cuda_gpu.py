@@ -11,33 +11,45 @@ import numpy as np
 import pytest
 import torch
 
+from fusenorm.artifact import open_artifact
 from fusenorm.kernels import symbols
 from fusenorm.lower import Target, build_library
-from fusenorm.ops import DTYPES, DType, OpSpec
-from tests.cuda_inspection import inspected_ops
-from tests.kernels.cases import FILLS, attributes, check, columns, inputs, pairwise
+from fusenorm.ops import DTYPES, DType, Norm, OpSpec
+from tests.kernels.cases import (
+    FILLS,
+    attributes,
+    check,
+    columns,
+    gpu_ops,
+    inputs,
+    model_ops,
+    some,
+)
 
 pytestmark = [
     pytest.mark.cuda,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
 ]
 
-OPS = pairwise() if os.environ.get("FUSENORM_ALL_OPS") else pairwise()[::7]
-WIDTHS = (1, 9, 64, 1000)
-MODELS = inspected_ops()
+OPS = some()
+MODELS = model_ops()
+
+
+NORMS = [spec for spec in MODELS if isinstance(spec, Norm)]
 
 
 @pytest.fixture(scope="session")
 def module(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """FUSENORM_CUDA_LIBRARY, built elsewhere, or one built here."""
+    """The library of the artifact FUSENORM_ARTIFACT names, or one built here."""
     import tvm_ffi
 
-    given = os.environ.get("FUSENORM_CUDA_LIBRARY")
-    path = Path(given) if given else tmp_path_factory.mktemp("gpu") / "ops.so"
-    if not given:
-        lengths = dict.fromkeys(OPS, WIDTHS) | MODELS
-        build_library(lengths, Target.parse("cuda"), path, columns=lengths)
-    return tvm_ffi.load_module(str(path))
+    given = os.environ.get("FUSENORM_ARTIFACT")
+    if given:
+        (path,) = (Path(given, item.path) for item in open_artifact(given).libraries if item.cuda)
+    else:
+        path = tmp_path_factory.mktemp("gpu") / "ops.so"
+        build_library(gpu_ops(), Target.parse("cuda"), path, columns=gpu_ops())
+    return tvm_ffi.load_module(str(path.absolute()))
 
 
 def on_gpu(array: np.ndarray, dtype: DType, offset: int = 0, gap: int = 0) -> torch.Tensor:
@@ -105,6 +117,13 @@ def test_the_sizes_of_models(module: Any, spec: OpSpec) -> None:
             check(spec, values, run(module, spec, values), "normal")
 
 
+@pytest.mark.parametrize("spec", NORMS, ids=lambda spec: spec.op_type)
+def test_few_long_rows(module: Any, spec: OpSpec) -> None:
+    for rows, width in ((1, 65536), (3, 50000), (100, 33000)):
+        values = inputs(spec, rows, width, "large mean")
+        check(spec, values, run(module, spec, values, gap=8), "large mean")
+
+
 @pytest.mark.parametrize("spec", OPS, ids=lambda spec: spec.op_type)
 @pytest.mark.parametrize(("offset", "gap"), [(1, 0), (0, 1), (0, 8), (8, 0), (3, 16)])
 def test_any_place_and_stride(module: Any, spec: OpSpec, offset: int, gap: int) -> None:
@@ -115,7 +134,7 @@ def test_any_place_and_stride(module: Any, spec: OpSpec, offset: int, gap: int) 
 
 @pytest.mark.parametrize("spec", list(MODELS)[::3], ids=lambda spec: spec.op_type)
 def test_a_graph_captured_replays(module: Any, spec: OpSpec) -> None:
-    width = (MODELS[spec] or (4096,))[0]
+    width = (MODELS[spec] or (4096,))[-1]
     values = inputs(spec, 4, width, "normal")
     tensors = [on_gpu(values[slot.name], slot.dtype) for slot in spec.inputs]
     kinds = {

@@ -28,12 +28,14 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("provider")
     places = [(spec, "cuda") for spec in SPECS]
     (folder / "fusenorm_table.h").write_text(table(places, Target.host()), encoding="utf-8")
-    text = cuda_source(SPECS, dict.fromkeys(SPECS, (20, 40)))
+    text = cuda_source(SPECS, dict.fromkeys(SPECS, (20, 40, 20000)))
     return compile_parts(text, folder, SHIMS, ["-DCUDA_PROVIDER=NULL", f"-I{folder}"])
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.op_type)
-@pytest.mark.parametrize("shape", [(2, 3, 40), (7, 13), (0, 8), (2, 0, 8), (1, 1, 5000)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(2, 3, 40), (7, 13), (0, 8), (2, 0, 8), (1, 1, 5000), (1, 2, 20000)], ids=str
+)
 def test_with_the_library_as_without(spec: OpSpec, shape: tuple[int, ...], library: Path) -> None:
     content, feed = model(spec), values(spec, shape)
     mine = session(content, library).run(None, feed)

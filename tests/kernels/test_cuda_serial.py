@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
 
 from fusenorm.kernels import row_program
 from fusenorm.ops import DTYPES, Gated, Norm, OpSpec
-from tests.kernels.cases import FILLS, attributes, check, columns, inputs, pairwise
+from tests.kernels.cases import FILLS, attributes, check, columns, inputs, some
 from tests.kernels.emulated import Emulated, Guarded, emulate
 
 pytestmark = pytest.mark.kernel
 
-OPS = pairwise() if os.environ.get("FUSENORM_ALL_OPS") else pairwise()[::7]
+OPS = some()
 # Some widths of the case table have kernels of their own, the others take the general ones.
 SPECIALISED = (1, 9, 64, 1000)
 BATCH = 12
@@ -27,7 +27,20 @@ LARGE: tuple[OpSpec, ...] = (
     Gated("swish", "gate_up", "bf16"),
     Gated("gelu", "interleaved"),
 )
-LARGE_WIDTHS = (768, 4096, 8192, 11008, 32768)
+CENTRED = Norm(True)
+LARGE_WIDTHS = (768, 4096, 8192, 11008, 32768, 65536)
+
+
+def batched(specs: Iterable[OpSpec]) -> list[Any]:
+    """Parameters, of which one process tests all that are in a library (--dist loadgroup)."""
+    return [
+        pytest.param(
+            spec,
+            id=spec.op_type,
+            marks=pytest.mark.xdist_group(f"library {OPS.index(spec) // BATCH}"),
+        )
+        for spec in specs
+    ]
 
 
 @pytest.fixture(scope="session")
@@ -47,9 +60,12 @@ def library(tmp_path_factory: pytest.TempPathFactory):
     return get
 
 
+of_large = pytest.mark.xdist_group("large")
+
+
 @pytest.fixture(scope="session")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Emulated:
-    return emulate(dict.fromkeys(LARGE, LARGE_WIDTHS), tmp_path_factory.mktemp("large"))
+    return emulate(dict.fromkeys((*LARGE, CENTRED), LARGE_WIDTHS), tmp_path_factory.mktemp("large"))
 
 
 def run(
@@ -85,7 +101,7 @@ def run(
 
 
 @pytest.mark.parametrize("fill", FILLS)
-@pytest.mark.parametrize("spec", OPS, ids=lambda spec: spec.op_type)
+@pytest.mark.parametrize("spec", batched(OPS))
 def test_agrees_with_the_oracle(library, spec: OpSpec, fill: str) -> None:
     if fill == "largest" and spec.dtype != "f16":
         pytest.skip("the squares overflow f32 as well: nothing to compare")
@@ -95,7 +111,7 @@ def test_agrees_with_the_oracle(library, spec: OpSpec, fill: str) -> None:
             check(spec, values, run(library(spec), spec, values)[0], fill)
 
 
-@pytest.mark.parametrize("spec", OPS[::2], ids=lambda spec: spec.op_type)
+@pytest.mark.parametrize("spec", batched(OPS[::2]))
 @pytest.mark.parametrize(("offset", "gap"), [(1, 0), (0, 1), (0, 8), (8, 0), (3, 16)])
 def test_any_place_and_stride(library, spec: OpSpec, offset: int, gap: int) -> None:
     for width in (1, 9, 64, 72):
@@ -107,7 +123,7 @@ def test_any_place_and_stride(library, spec: OpSpec, offset: int, gap: int) -> N
             assert widest == (16 if aligned and not (gap and row_program(spec).flat) else 0)
 
 
-@pytest.mark.parametrize("spec", OPS[1::2], ids=lambda spec: spec.op_type)
+@pytest.mark.parametrize("spec", batched(OPS[1::2]))
 @pytest.mark.parametrize("rows", [0, 2, 17, 300])
 def test_any_number_of_rows(library, spec: OpSpec, rows: int) -> None:
     for width in (9, 64, 40):
@@ -115,7 +131,8 @@ def test_any_number_of_rows(library, spec: OpSpec, rows: int) -> None:
         check(spec, values, run(library(spec), spec, values)[0], "normal")
 
 
-@pytest.mark.parametrize("width", [*LARGE_WIDTHS, 4104, 65536])
+@of_large
+@pytest.mark.parametrize("width", [*LARGE_WIDTHS, 4104, 100000])
 @pytest.mark.parametrize("spec", LARGE, ids=lambda spec: spec.op_type)
 def test_long_rows(large: Emulated, spec: OpSpec, width: int) -> None:
     for rows in (1, 2):
@@ -125,6 +142,41 @@ def test_long_rows(large: Emulated, spec: OpSpec, width: int) -> None:
         check(spec, values, made, "normal")
 
 
+@of_large
+@pytest.mark.parametrize("fill", ["large mean", "nan"])
+@pytest.mark.parametrize("spec", [*LARGE[:4], CENTRED], ids=lambda spec: spec.op_type)
+def test_split_rows(large: Emulated, spec: OpSpec, fill: str) -> None:
+    values = inputs(spec, 3, 50000, fill)
+    check(spec, values, run(large, spec, values, gap=8)[0], fill)
+
+
+@of_large
+@pytest.mark.parametrize(
+    ("rows", "width", "parts"),
+    [
+        (1, 32776, 8),
+        (2, 1 << 21, 128),
+        (100, 32776, 2),
+        (129, 32776, 1),
+        (1, 32768, 1),
+        (1, 32775, 1),
+    ],
+)
+def test_few_long_rows_are_shared_out(large: Emulated, rows: int, width: int, parts: int) -> None:
+    spec = LARGE[3]
+    values = inputs(spec, rows, width, "normal")
+    check(spec, values, run(large, spec, values)[0], "normal")
+    assert large.blocks() == rows * parts
+
+
+@of_large
+def test_few_long_rows_of_a_gated_unit_are_shared_out(large: Emulated) -> None:
+    for width in (11008, 40000):
+        run(large, LARGE[4], inputs(LARGE[4], 2, width, "normal"))
+        assert large.blocks() >= 2 * width // 4096
+
+
+@of_large
 def test_wrong_arguments_are_named(large: Emulated) -> None:
     spec = LARGE[1]
     values = inputs(spec, 3, 768, "normal")
@@ -142,6 +194,7 @@ def test_wrong_arguments_are_named(large: Emulated) -> None:
         call({"x": np.asfortranarray(values["x"])})
 
 
+@of_large
 @pytest.mark.parametrize("columns", [2 * 3072 - 2, 3072, 4 * 3072])
 def test_a_packed_row_is_twice_as_long(large: Emulated, columns: int) -> None:
     spec = LARGE[4]
@@ -152,6 +205,7 @@ def test_a_packed_row_is_twice_as_long(large: Emulated, columns: int) -> None:
     assert (y == 7).all()
 
 
+@of_large
 def test_more_rows_than_a_launch_has_blocks(large: Emulated) -> None:
     spec = LARGE[3]
     row = np.zeros((1, 8), DTYPES["bf16"].numpy)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -52,7 +53,7 @@ def logits_and_tokens(model: nn.Module, prompt: torch.Tensor) -> tuple[torch.Ten
     return logits, model.generate(prompt, max_new_tokens=64, do_sample=False)
 
 
-# Not Phi3 in f16: one of its 64 choices hangs on three units in the last place.
+# Not Phi3 in f16: it is told apart below.
 CASES = [(name, dtype) for name in MODELS for dtype in EPSILON]
 CASES.remove(("phi3", torch.float16))
 
@@ -75,6 +76,41 @@ def test_a_replaced_model_says_the_same(name: str, dtype: torch.dtype) -> None:
     done.undo()
     with torch.no_grad():
         assert torch.equal(model(prompt).logits, logits)
+
+
+def test_phi3_in_f16_differs_by_the_order_of_a_sum() -> None:
+    """One of its tokens is another: the order of roundings is the model's all the same.
+
+    On the model's own activations every value of every fused module is bit for bit the model's,
+    but for rows of a norm whose mean of squares, summed in another order, has another last bit in
+    f32: with that mean the model's own steps round to what the kernel gives.
+    """
+    model = made("phi3", torch.float16)
+    prompt = torch.randint(2, 256, (2, 12))
+    fused = copy.deepcopy(model)
+    done = fusenorm.torch.replace(fused)
+    differing = []
+
+    def compare(theirs: nn.Module, ours: nn.Module) -> None:
+        def hook(module: nn.Module, inputs: tuple[torch.Tensor, ...], y: torch.Tensor) -> None:
+            made = ours(*inputs)
+            for row in (made != y).any(-1).nonzero().tolist():
+                at = tuple(row)
+                differing.append((module, inputs[0][at], made[at]))
+
+        theirs.register_forward_hook(hook)
+
+    for site in done.sites:
+        compare(model.get_submodule(site.module), fused.get_submodule(site.module))
+    logits_and_tokens(model, prompt)
+    assert len(differing) <= 2  # of 870 rows of norms and 348 of gated units
+    for module, x, y in differing:
+        assert "Norm" in type(module).__name__
+        wide = x.float()
+        mean = wide.square().mean()
+        means = [torch.nextafter(mean, mean.new_tensor(end)) for end in (0.0, torch.inf)]
+        normed = [wide * torch.rsqrt(m + module.variance_epsilon) for m in means]
+        assert any(torch.equal(module.weight * x_hat.half(), y) for x_hat in normed)
 
 
 class Logits(nn.Module):

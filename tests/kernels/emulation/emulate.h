@@ -58,6 +58,7 @@ inline Fiber* current;
 inline dim3 block, block_size;
 inline const std::function<void()>* kernel;
 inline int widest; /* bytes of the widest access of the last launch */
+inline int blocks; /* of the last launch */
 inline std::string breach;
 
 inline void wait(Point point) {
@@ -102,6 +103,7 @@ inline bool launch(dim3 grid, dim3 size, const std::function<void()>& body) {
   if (grid.x > INT_MAX || grid.y > 65535 || size.x > 1024 || size.x % 32 || size.y * size.z != 1)
     return false;
   block_size = size, kernel = &body, widest = 0, breach.clear();
+  blocks = static_cast<int>(grid.x * grid.y);
   for (unsigned y = 0; y < grid.y; ++y)
     for (unsigned x = 0; x < grid.x && breach.empty(); ++x) {
       block = dim3(x, y, 0);
@@ -212,6 +214,7 @@ inline float __half2float(half value) { return value; }
 inline half __float2half(float value) { return half(value); }
 inline float __bfloat162float(nv_bfloat16 value) { return value; }
 inline nv_bfloat16 __float2bfloat16(float value) { return nv_bfloat16(value); }
+inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 inline bool __hgt(float a, float b) { return a > b; }
 inline bool __hlt(float a, float b) { return a < b; }
 
@@ -241,7 +244,10 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
                                                                     : cudaErrorInvalidConfiguration;
 }
 
-/* Bytes of the widest access of the last launch. */
+/* Of the last launch. */
 extern "C" __attribute__((visibility("default"))) int emulation_widest() {
   return emulation::widest;
+}
+extern "C" __attribute__((visibility("default"))) int emulation_blocks() {
+  return emulation::blocks;
 }

@@ -20,6 +20,7 @@ from fusenorm.passes.canonicalize import (
     RemoveNoOps,
     RemoveUnused,
 )
+from tests.graphs import written
 
 HEAD = '<ir_version: 8, opset_import: ["" : 18, "other" : 1]>'
 
@@ -30,20 +31,6 @@ def parsed(
     return ir.from_proto(
         onnx.parser.parse_model(f"{head}\ngraph ({inputs}) => ({outputs}) {{\n{body}\n}}")
     )
-
-
-def written(graph: ir.Graph | ir.Function) -> list[str]:
-    """A line per node; those of its bodies follow it."""
-    lines = []
-    for node in graph:
-        names = [
-            ", ".join(str(v.name) if v else "" for v in vs) for vs in (node.outputs, node.inputs)
-        ]
-        op = f"{node.domain}.{node.op_type}" if node.domain else node.op_type
-        lines.append(f"{names[0]} = {op}({names[1]})")
-        for body in facts.bodies(node):
-            lines += [f"  {line}" for line in written(body)]
-    return lines
 
 
 def after(step: ir.passes.PassBase, model: ir.Model) -> list[str] | None:

@@ -83,6 +83,54 @@ def test_an_attribute_has_the_standard_s_default() -> None:
     assert facts.attribute_int(given, "axis", -1) == 1
 
 
+def test_the_node_that_makes_a_value() -> None:
+    found = values("a = Neg(x)\nb = other.Neg(a)\ny = Abs(b)")
+    assert facts.made_by(found["a"], "Neg") is found["a"].producer()
+    assert [facts.made_by(v, "Neg") for v in (found["b"], found["y"], found["x"], None)] == [
+        None
+    ] * 4
+
+
+@pytest.mark.parametrize(
+    ("body", "kind", "order"),
+    [
+        ("y = Transpose<perm = [0, 2, 1]>(x)", "float[b,s,8]", (0, 2, 1)),
+        ("y = Transpose<perm = [0, 2, 1]>(x)", "float[]", (0, 2, 1)),
+        ("y = Transpose(x)", "float[b,s,8]", (2, 1, 0)),
+        ("y = Transpose(x)", "float[]", None),
+        ("y = other.Transpose(x)", "float[b,s,8]", None),
+        ("y = Neg(x)", "float[b,s,8]", None),
+    ],
+)
+def test_the_order_of_a_transpose(body: str, kind: str, order: tuple[int, ...] | None) -> None:
+    assert facts.permutation(values(body, f"{kind} x")["y"].producer()) == order
+    assert facts.permutation(None) is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "size", "known"),
+    [
+        ("float16[b,s,4]", 8, (ir.DataType.FLOAT16, 4)),
+        ("float16[b,s,n]", 8, (ir.DataType.FLOAT16, 8)),
+        ("float16[b,s,4]", None, (ir.DataType.FLOAT16, 4)),
+        ("float16[b,s,n]", None, (ir.DataType.FLOAT16, None)),
+    ],
+)
+def test_what_is_known_is_not_assumed(kind: str, size: int | None, known: object) -> None:
+    x = values("y = Neg(x)", f"{kind} x")["x"]
+    facts.assume_row(x, "f32", size)
+    assert (x.dtype, facts.last_dim(x)) == known
+
+
+@pytest.mark.parametrize("size", [8, None])
+def test_what_is_assumed_of_a_value_nothing_is_known_of(size: int | None) -> None:
+    value = ir.val("untyped")
+    facts.assume_row(value, "f32", size)
+    assert (value.dtype, facts.last_dim(value)) == (ir.DataType.FLOAT, size)
+    facts.assume_row(value, "f16", 4)
+    assert (value.dtype, facts.last_dim(value)) == (ir.DataType.FLOAT, size or 4)
+
+
 # Axes and dimensions.
 
 
@@ -438,17 +486,26 @@ def _twins(lines: str) -> bool:
     constants |= {name: np.array([index]) for name, index in indices.items()}
     inputs = "float[?,?,8] x, float[?,?,8] z, float[] unknown, float[8,n] p, float[8,m] q"
     # Of parts along the rows the width is declared: it is the rows that differ.
-    known = "float[?,?,8] a, float[?,?,8] b" if "axis = 1" in lines or "one_axis" in lines else ""
+    declared = any(words in lines for words in ("axis = 1", "one_axis", "other."))
+    known = "float[?,?,8] a, float[?,?,8] b" if declared else ""
     found = values(f"{lines}\n{TWINS}", inputs, constants=constants, known=known)
     facts.annotate(found["y"].producer().graph)  # type: ignore[arg-type, union-attr]
     return facts.same_shape(found["a"], found["b"])
 
 
 def test_the_first_axis_is_the_default_one_to_split() -> None:
-    body = "a, t = Split<num_outputs = 2>(x)\ny = Neg(x)"
-    found = values(body, "float[?,8] x", known="float[?,8] a, float[?,8] t")
-    assert not facts.same_shape(found["a"], found["y"])
+    body = "a, t = Split<num_outputs = 2>(x)\nz = Neg(x)\ny = Neg(z)"
+    found = values(body, "float[?,8] x", known="float[?,8] a, float[?,8] t, float[?,8] z")
+    assert not facts.same_shape(found["a"], found["z"])
     assert facts.half_of(found["a"]) is None
+
+
+@pytest.mark.parametrize(("axis", "same"), [(-1, True), (2, True), (1, False), (0, False)])
+def test_parts_of_any_size_share_the_rows(axis: int, same: bool) -> None:
+    body = f"a, b, t = Split<axis = {axis}>(x, sizes)\ny = Add(a, b)"
+    known = "float[?,?,2] a, float[?,?,2] b"
+    found = values(body, "float[?,?,8] x", known=known, constants={"sizes": np.array([2, 2, 4])})
+    assert facts.same_shape(found["a"], found["b"]) == same
 
 
 def test_a_walk_that_is_given_up_proves_nothing() -> None:

@@ -285,10 +285,10 @@ def _run_source(claim: Claim, feeds: Mapping[str, np.ndarray], kind: DType) -> l
 
 
 def _retype_cast(proto: onnx.NodeProto) -> None:
-    if proto.op_type == "Cast" and proto.domain == "":
-        for attribute in proto.attribute:
-            if attribute.name == "to" and ir.DataType(attribute.i) in DTYPE_OF_ONNX:
-                attribute.i = int(ir.DataType.DOUBLE)
+    for attribute in proto.attribute:
+        is_target = (proto.op_type, attribute.name) == ("Cast", "to")
+        if is_target and ir.DataType(attribute.i) in DTYPE_OF_ONNX:
+            attribute.i = int(ir.DataType.DOUBLE)
 
 
 def _run_fused(claim: Claim, feeds: Mapping[str, np.ndarray], kind: DType) -> list[np.ndarray]:

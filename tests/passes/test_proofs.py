@@ -14,6 +14,7 @@ import pytest
 from fusenorm.ops import Attention, Gated, Norm, OpSpec
 from fusenorm.ops.spec import Layout
 from fusenorm.passes import Validator, validate
+from fusenorm.passes.evaluate import evaluate
 from fusenorm.passes.rewrite import Rewrite
 from fusenorm.passes.validate import SHAPES_OF_ROWS, Claim, Operand, find_flaw, hard_rows
 from tests.graphs import values
@@ -239,9 +240,11 @@ def flaw(body: str, spec: OpSpec, kind: str, operands: str = "x") -> str | None:
     [
         (SILU, Gated("swish"), "float", None),
         (SILU, Gated("swish", dtype="f16", precision="storage"), "float16", None),
-        (SILU, Gated("swish", dtype="f16"), "float16", "a rounding was lost"),
-        (SILU, Gated("swish", dtype="bf16"), "bfloat16", "a rounding was lost"),
-        (SILU, Gated("gelu"), "float", "in f64"),
+        (SILU, Gated("swish", dtype="f16"), "float16", "a rounding was lost$"),
+        (SILU, Gated("swish", dtype="bf16"), "bfloat16", "a rounding was lost$"),
+        (SILU, Gated("gelu"), "float", "of a row's largest output in f64$"),
+        (SILU, Gated("gelu", dtype="f16", precision="storage"), "float16",
+         "of a row's largest output in f64$"),
         ("w = Cast<to = 1>(x)\nz = Sigmoid(w)\nm = Mul(w, z)\ny = Cast<to = 10>(m)",
          Gated("swish", dtype="f16"), "float16", None),
         ("w = Cast<to = 1>(x)\nh = Mul(w, one)\nz = Sigmoid(h)\ny = Mul(x, z)",
@@ -252,24 +255,39 @@ def flaw(body: str, spec: OpSpec, kind: str, operands: str = "x") -> str | None:
 )  # fmt: skip
 def test_where_both_sides_differ(body: str, spec: OpSpec, kind: str, found: str | None) -> None:
     outcome = flaw(body, spec, kind)
-    assert outcome == found if found is None else found in str(outcome)
+    assert outcome == found if found is None else found in f"{outcome}$"
+
+
+def test_both_sides_are_evaluated_in_f64_and_in_16_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[set[str], set[np.dtype]]] = []
+
+    def spy(nodes, feeds, outputs, functions, opset):  # type: ignore[no-untyped-def]
+        seen.append(({node.op_type for node in nodes}, {a.dtype for a in feeds.values()}))
+        return evaluate(nodes, feeds, outputs, functions, opset)
+
+    monkeypatch.setattr(validate, "evaluate", spy)
+    half, wide = np.dtype(np.float16), np.dtype(np.float64)
+    spec = Gated("swish", dtype="f16", precision="storage")
+    assert flaw(SILU, spec, "float16") is None
+    source, fused = {"Sigmoid", "Mul"}, {spec.op_type}
+    assert seen == [(source, {wide}), ({spec.with_dtype("f64").op_type}, {wide}),
+                    (source, {half}), (fused, {half})]  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("attributes", "op", "domain", "after"),
+    ("attributes", "op", "after"),
     [
-        ({"to": 1}, "Cast", "", {"to": 11}),
-        ({"to": 10}, "Cast", "", {"to": 11}),
-        ({"saturate": 1, "to": 16}, "Cast", "", {"saturate": 1, "to": 11}),
-        ({"to": 7}, "Cast", "", {"to": 7}),
-        ({"to": 1}, "Cast", "other", {"to": 1}),
-        ({"to": 1}, "Other", "", {"to": 1}),
+        ({"to": 1}, "Cast", {"to": 11}),
+        ({"to": 10}, "Cast", {"to": 11}),
+        ({"saturate": 1, "to": 16}, "Cast", {"saturate": 1, "to": 11}),
+        ({"to": 7}, "Cast", {"to": 7}),
+        ({"to": 1}, "Other", {"to": 1}),
     ],
 )
 def test_casts_to_floats_are_to_f64_in_f64(
-    attributes: dict[str, int], op: str, domain: str, after: dict[str, int]
+    attributes: dict[str, int], op: str, after: dict[str, int]
 ) -> None:
-    node = onnx.helper.make_node(op, ["x"], ["y"], domain=domain, **attributes)
+    node = onnx.helper.make_node(op, ["x"], ["y"], **attributes)
     validate._retype_cast(node)
     assert {attribute.name: attribute.i for attribute in node.attribute} == after
 

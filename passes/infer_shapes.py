@@ -75,16 +75,10 @@ class _Types:
                 modified |= self._learn(value, types[value.name])
         for node, proto in zip(graph, inferred.node, strict=True):
             for attribute in proto.attribute:
+                # No standard operator has bodies in a list.
                 if attribute.type == onnx.AttributeProto.GRAPH:
-                    bodies = [node.attributes[attribute.name].as_graph()]
-                    found = [attribute.g]
-                elif attribute.type == onnx.AttributeProto.GRAPHS:
-                    bodies = list(node.attributes[attribute.name].as_graphs())
-                    found = list(attribute.graphs)
-                else:
-                    continue
-                for body, inferred_body in zip(bodies, found, strict=True):
-                    modified |= self.give(body, inferred_body)
+                    body = node.attributes[attribute.name].as_graph()
+                    modified |= self.give(body, attribute.g)
         return modified
 
     def _learn(self, value: ir.Value, found: onnx.TypeProto) -> bool:

@@ -42,10 +42,12 @@ class RemoveNoOps(ir.passes.InPlacePass):
 
 
 def _is_no_op(node: ir.Node) -> bool:
-    if node.domain != "" or not node.inputs or node.inputs[0] is None:
+    if node.domain != "":
         return False
     if node.op_type == "Cast":
-        return node.inputs[0].dtype == ir.DataType(node.attributes["to"].as_int())
+        source = node.inputs[0]
+        assert source is not None
+        return source.dtype == ir.DataType(node.attributes["to"].as_int())
     return node.op_type == "Identity"
 
 
@@ -66,20 +68,22 @@ class PlainSpellings(ir.passes.InPlacePass):
                 if node.op_type == "Sum" and _sums_in_order(node):
                     _write_as_adds(graph, node)
                     modified = True
-                elif node.op_type == "CastLike" and node.inputs[1] is not None:
-                    target = node.inputs[1].dtype
-                    if target is not None:
+                elif node.op_type == "CastLike":
+                    like = node.inputs[1]
+                    assert like is not None
+                    if like.dtype is not None:
                         node.op_type = "Cast"
                         node.resize_inputs(1)
-                        node.attributes["to"] = ir.AttrInt64("to", int(target))
+                        node.attributes["to"] = ir.AttrInt64("to", int(like.dtype))
                         modified = True
         return ir.passes.PassResult(model, modified)
 
 
 def _sums_in_order(node: ir.Node) -> bool:
     """Whether a Sum is to the bit what Adds from left to right are."""
-    count = len(node.inputs)
-    return count == 2 or (count > 2 and facts.dtype_of(node.outputs[0]) in ("f32", "f64"))
+    if len(node.inputs) < 2:
+        return False
+    return len(node.inputs) == 2 or facts.dtype_of(node.outputs[0]) in ("f32", "f64")
 
 
 def _write_as_adds(graph: ir.Graph, node: ir.Node) -> None:
@@ -95,7 +99,7 @@ def _write_as_adds(graph: ir.Graph, node: ir.Node) -> None:
 
 
 class NameDomains(ir.passes.InPlacePass):
-    """The standard domain has two names; everywhere here it is the empty one."""
+    """The standard domain has two names; everywhere here it is the empty one, as in nodes."""
 
     name = "name_domains"
 
@@ -103,9 +107,6 @@ class NameDomains(ir.passes.InPlacePass):
         if "ai.onnx" not in model.graph.opset_imports:
             return ir.passes.PassResult(model, False)
         model.graph.opset_imports[""] = model.graph.opset_imports.pop("ai.onnx")
-        for node in model.graph.all_nodes():
-            if node.domain == "ai.onnx":
-                node.domain = ""
         return ir.passes.PassResult(model, True)
 
 
@@ -135,8 +136,8 @@ class InlineFunctions(ir.passes.InPlacePass):
             staying += [f for f in foreign if f.identifier() in called and f not in staying]
         inlined = [function for function in foreign if function not in staying]
         for function in inlined:
-            known = function.opset_imports.keys() & imports.keys()
-            function.opset_imports.update({domain: imports[domain] for domain in known})
+            own = function.opset_imports
+            own.update({domain: imports[domain] for domain in own})
         result = common.InlinePass(criteria=lambda function: function in inlined)(model)
         if result.modified:
             common.NameFixPass()(model)
@@ -186,11 +187,11 @@ class RemoveUnused(ir.passes.InPlacePass):
         modified = common.RemoveUnusedNodesPass()(model).modified
         for node in model.graph.all_nodes():
             # The pass drops absent inputs at the end, but a Loop must have its first two.
-            if node.op_type == "Loop" and node.domain == "" and len(node.inputs) < 2:
-                node.resize_inputs(2)
+            if node.op_type == "Loop" and node.domain == "":
+                node.resize_inputs(max(2, len(node.inputs)))
         for body in model.graph.subgraphs():
             for value in list(body.initializers.values()):
-                if not (value.uses() or value.is_graph_output() or value.is_graph_input()):
+                if not (value.uses() or value.is_graph_output()):
                     body.initializers.pop(str(value.name))
                     modified = True
         return ir.passes.PassResult(model, modified)
@@ -207,7 +208,7 @@ class Canonicalize(ir.passes.Sequential):
     def __init__(self) -> None:
         super().__init__(
             NameDomains(),
-            common.RemoveUnusedOpsetsPass(process_functions=False),
+            common.RemoveUnusedOpsetsPass(),
             FixedInitializers(),
             InlineFunctions(),
             UnfuseContrib(),
@@ -272,6 +273,6 @@ class Cleanup(ir.passes.Sequential):
             MergeEqual(),
             RemoveUnused(),
             common.RemoveUnusedFunctionsPass(),
-            common.RemoveUnusedOpsetsPass(process_functions=False),
+            common.RemoveUnusedOpsetsPass(),
             DistinctNames(),
         )

@@ -23,32 +23,25 @@ class ExposeResidual(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         modified = False
         for graph in model.graphs():
-            changed = False
             for node in list(graph):
                 norm = read_norm(node)
                 if norm is None or isinstance(norm, Refusal) or len(node.outputs) != 1:
                     continue
-                changed |= _sink_reshape(graph, node) or _cancel_transposes(graph, node)
-            if changed:
-                graph.sort()
-            modified |= changed
+                modified |= _sink_reshape(graph, node) or _cancel_transposes(graph, node)
         return ir.passes.PassResult(model, modified)
 
 
-def _moved(value: ir.Value | None, op_type: str) -> tuple[ir.Node, ir.Node] | None:
-    """(the node moving data, the Add it moves) if that is what computes `value`."""
-    mover = value.producer() if value is not None else None
-    if mover is None or mover.op_type != op_type or mover.domain != "":
+def _moved(norm: ir.Node, op_type: str) -> tuple[ir.Node, ir.Node] | None:
+    """(the node moving data, the Add it moves), both beside the norm, that make what it reads."""
+    mover = facts.made_by(norm.inputs[0], op_type)
+    if mover is None:
         return None
-    source = mover.inputs[0]
-    add = source.producer() if source is not None else None
-    if add is None or add.op_type != "Add" or add.domain != "" or add.graph is not mover.graph:
-        return None
-    return mover, add
+    add = facts.made_by(mover.inputs[0], "Add")
+    return (mover, add) if add is not None and add.graph is norm.graph else None
 
 
 def _sink_reshape(graph: ir.Graph, norm: ir.Node) -> bool:
-    found = _moved(norm.inputs[0], "Reshape")
+    found = _moved(norm, "Reshape")
     if found is None:
         return False
     reshape, add = found
@@ -70,7 +63,7 @@ def _sink_reshape(graph: ir.Graph, norm: ir.Node) -> bool:
 
 
 def _cancel_transposes(graph: ir.Graph, norm: ir.Node) -> bool:
-    found = _moved(norm.inputs[0], "Transpose")
+    found = _moved(norm, "Transpose")
     if found is None:
         return False
     outer, add = found
@@ -78,14 +71,16 @@ def _cancel_transposes(graph: ir.Graph, norm: ir.Node) -> bool:
     if len(total.uses()) != 1 or total.is_graph_output() or moved.is_graph_output():
         return False
     order = facts.permutation(outer)
-    if outer.graph is not graph or order is None:
+    if order is None:
         return False
     for index, operand in enumerate(add.inputs):
-        inner = operand.producer() if operand is not None else None
         other = add.inputs[1 - index]
-        source = inner.inputs[0] if inner is not None else None
-        if source is None or other is None or not _undo(facts.permutation(inner), order):
+        assert operand is not None
+        assert other is not None
+        inner = operand.producer()
+        if not _undo(facts.permutation(inner), order):
             continue
+        assert inner is not None
         if other.shape is None or other.shape.rank() != len(order):
             continue  # a broadcast operand of lower rank has other axes to move
         turned = ir.node(
@@ -94,7 +89,7 @@ def _cancel_transposes(graph: ir.Graph, norm: ir.Node) -> bool:
         graph.insert_before(add, turned)
         turned.outputs[0].type = other.type
         turned.outputs[0].shape = ir.Shape([other.shape[axis] for axis in order])
-        add.replace_input_with(index, source)
+        add.replace_input_with(index, inner.inputs[0])
         add.replace_input_with(1 - index, turned.outputs[0])
         moved.replace_all_uses_with(total)
         facts.copy_facts(moved, total)

@@ -79,7 +79,8 @@ def permutation(node: ir.Node | None) -> tuple[int, ...] | None:
     if "perm" in node.attributes:
         return tuple(node.attributes["perm"].as_ints())
     source = node.inputs[0]
-    known = rank(source) if source is not None else None
+    assert source is not None
+    known = rank(source)
     return None if known is None else tuple(reversed(range(known)))
 
 
@@ -178,9 +179,9 @@ def _last_element(shape: ir.Value | None) -> int | None:
     if node is None or node.op_type != "Concat" or node.domain != "":
         return None
     tail = constant(node.inputs[-1])
-    if tail is None or not tail.size or int(tail.reshape(-1)[-1]) <= 0:
+    if tail is None or not tail.size or int(tail.flat[-1]) <= 0:
         return None
-    return int(tail.reshape(-1)[-1])
+    return int(tail.flat[-1])
 
 
 def is_vector(value: ir.Value, *dims: int) -> bool:
@@ -233,15 +234,13 @@ def _row_source(node: ir.Node, value: ir.Value) -> ir.Value | None:
         weight = node.inputs[1]
         return node.inputs[0] if weight is not None and rank(weight) == 2 else None
     if node.op_type in ("Add", "Sub", "Mul", "Div", "Pow"):
-        size = last_dim(value)
         for row, other in (node.inputs, tuple(reversed(node.inputs))):
-            if row is None or other is None or size is None or constant(other) is None:
-                continue
-            small = constant(other).ndim <= 1  # type: ignore[union-attr]
-            if small and last_dim(row) == size:
+            assert row is not None
+            array = constant(other)
+            if array is not None and array.ndim <= 1 and last_dim(row) == last_dim(value):
                 return row
         return None
-    if node.op_type == "Split" and node.inputs[0] is not None:
+    if node.op_type == "Split":
         return node.inputs[0] if is_last_axis(attribute_int(node, "axis", 0), value) else None
     half = half_of(value)
     return half[0] if half is not None else None
@@ -278,15 +277,9 @@ def half_of(value: ir.Value) -> tuple[ir.Value, str, int] | None:
     if node.op_type == "Split":
         if len(node.outputs) != 2 or not is_last_axis(attribute_int(node, "axis", 0), source):
             return None
-        sizes = _split_sizes(node)
-        if sizes is not None and sizes[0] != sizes[1]:
-            return None
-        size = last_dim(source)
-        if sizes is None and size is not None and size % 2:
-            return None
-        if sizes is None and size is None:
-            return None
-        return source, "halves", list(node.outputs).index(value)
+        sizes, size = _split_sizes(node), last_dim(source)
+        even = sizes[0] == sizes[1] if sizes else size is not None and size % 2 == 0
+        return (source, "halves", list(node.outputs).index(value)) if even else None
     view = view_of(value)
     if view is not None:
         return view.source, "halves" if view.axis == -2 else "interleaved", view.part
@@ -294,9 +287,9 @@ def half_of(value: ir.Value) -> tuple[ir.Value, str, int] | None:
     if found is None or found.size % 2:
         return None
     for part in (0, 1):
-        if found.places == range(part * found.size // 2, (part + 1) * found.size // 2):
+        if found.places == tuple(range(part * found.size // 2, (part + 1) * found.size // 2)):
             return source, "halves", part
-        if found.places == range(part, found.size, 2):
+        if found.places == tuple(range(part, found.size, 2)):
             return source, "interleaved", part
     return None
 
@@ -313,7 +306,7 @@ class Columns:
 
     source: ir.Value
     size: int
-    places: range
+    places: tuple[int, ...]
 
 
 def columns_of(value: ir.Value) -> Columns | None:
@@ -350,19 +343,22 @@ def view_of(value: ir.Value) -> View | None:
     """The view `value` provably is a part of, without the axis of the parts."""
     squeeze = made_by(value, "Squeeze")
     part = squeeze.inputs[0] if squeeze is not None else value
-    taken, node = (_taken(part, 2), part.producer()) if part is not None else (None, None)
-    if taken is None or node is None or len(taken.places) != 1 or taken.keeps == (part is value):
+    assert part is not None
+    taken = _taken(part, 2)
+    if taken is None or len(taken.places) != 1 or taken.keeps == (part is value):
         return None
-    pairs = node.inputs[0]
+    pairs = taken.source
     reshape = made_by(pairs, "Reshape")
-    if pairs is None or pairs.shape is None or reshape is None:
+    if reshape is None or pairs.shape is None:
         return None
     (source, target), known = reshape.inputs, pairs.shape.rank()
+    assert source is not None
+    assert target is not None
     axis = taken.axis - known if taken.axis >= 0 else taken.axis
-    if taken.keeps and _squeezed_axis(squeeze) not in (axis, axis + known):
+    if squeeze is not None and _squeezed_axis(squeeze) not in (axis, axis + known):
         return None
-    size = last_dim(source) if source is not None else None
-    if source is None or source.shape is None or target is None or not size or size % 2:
+    size = last_dim(source)
+    if source.shape is None or not size or size % 2:
         return None
     pair = (2, size // 2) if axis == -2 else (size // 2, 2)
     before, after = source.shape[:-1], pairs.shape[:-2]
@@ -376,50 +372,47 @@ def view_of(value: ir.Value) -> View | None:
 
 @dataclasses.dataclass(frozen=True)
 class _Taken:
-    """What a node takes of an axis: which places, and whether the axis stays."""
+    """What a node takes of an axis of a value: which places, and whether the axis stays."""
 
+    source: ir.Value
     axis: int
-    places: range
+    places: tuple[int, ...]
     keeps: bool = True
 
 
 def _taken(value: ir.Value, size: int) -> _Taken | None:
     """What a Split in two, a Slice or a Gather takes of an axis of `size` places, if constant."""
     node = value.producer()
-    if node is None or node.domain != "":
+    if node is None or node.domain != "" or node.op_type not in ("Split", "Gather", "Slice"):
         return None
-    if node.op_type == "Split" and len(node.outputs) == size == 2:
-        part = list(node.outputs).index(value)
-        return _Taken(attribute_int(node, "axis", 0), range(part, part + 1))
+    source = node.inputs[0]
+    assert source is not None
+    if node.op_type == "Split":
+        if not len(node.outputs) == size == 2:
+            return None
+        return _Taken(source, attribute_int(node, "axis", 0), (list(node.outputs).index(value),))
     if node.op_type == "Gather":
         indices = constant(node.inputs[1])
-        if indices is None or not indices.size or indices.ndim > 1:
+        if indices is None or indices.ndim > 1:
             return None
-        places = [int(index) % size for index in indices.reshape(-1)]
-        step = places[1] - places[0] if len(places) > 1 else 1
-        even = range(places[0], places[0] + step * len(places), step or 1)
-        if list(even) != places:
-            return None
-        return _Taken(attribute_int(node, "axis", 0), even, indices.ndim == 1)
-    if node.op_type != "Slice" or len(node.inputs) < 4:
-        return None
+        places = tuple(int(index) % size for index in indices.flat)
+        return _Taken(source, attribute_int(node, "axis", 0), places, indices.ndim == 1)
     bounds = [constant(operand) for operand in node.inputs[1:]]
-    if any(bound is None or bound.size != 1 for bound in bounds):
+    if len(bounds) < 3 or any(bound is None or bound.size != 1 for bound in bounds):
         return None
-    start, end, axis, *steps = (int(bound.reshape(())) for bound in bounds)  # type: ignore[union-attr]
-    return _Taken(axis, range(size)[slice(start, end, steps[0] if steps else 1)])
+    start, end, axis, *steps = (int(bound.item()) for bound in bounds)  # type: ignore[union-attr]
+    places = tuple(range(size)[slice(start, end, steps[0] if steps else 1)])
+    return _Taken(source, axis, places)
 
 
-def _squeezed_axis(node: ir.Node | None) -> int | None:
+def _squeezed_axis(node: ir.Node) -> int | None:
     """The one axis a Squeeze drops; None if that cannot be known."""
-    if node is None:
-        return None
     axes: list[int] = []
     if "axes" in node.attributes:
         axes = list(node.attributes["axes"].as_ints())
     elif len(node.inputs) > 1:
         given = constant(node.inputs[1])
-        axes = [] if given is None else [int(axis) for axis in given.reshape(-1)]
+        axes = [] if given is None else [int(axis) for axis in given.flat]
     return axes[0] if len(axes) == 1 else None
 
 

@@ -55,7 +55,7 @@ class FoldConstants(ir.passes.InPlacePass):
                 return known
         if node.op_type in ("Shape", "Size"):
             return _static_shape(node)
-        if node.op_type not in FOLDABLE or not node.inputs:
+        if node.op_type not in FOLDABLE:
             return None
         if node.op_type == "Cast" and not _castable(node):
             return None
@@ -73,12 +73,9 @@ class FoldConstants(ir.passes.InPlacePass):
 
 def _castable(node: ir.Node) -> bool:
     source = node.inputs[0]
+    assert source is not None
     target = ir.DataType(node.attributes["to"].as_int())
-    return (
-        source is not None
-        and source.dtype is not None
-        and {source.dtype.name, target.name} <= CASTABLE
-    )
+    return source.dtype is not None and {source.dtype.name, target.name} <= CASTABLE
 
 
 def _static_shape(node: ir.Node) -> np.ndarray | None:
@@ -87,7 +84,8 @@ def _static_shape(node: ir.Node) -> np.ndarray | None:
     The size of a Shape's own result is the rank, known even if no dimension is.
     """
     source = node.inputs[0]
-    if source is None or source.shape is None:
+    assert source is not None
+    if source.shape is None:
         return None
     dims = list(source.shape)
     if node.op_type == "Shape":
@@ -102,13 +100,12 @@ def _static_shape(node: ir.Node) -> np.ndarray | None:
 
 def _gathered_dim(node: ir.Node) -> np.ndarray | None:
     """Gather(Shape(x), i) where dimension i of x is known."""
-    shape_of = node.inputs[0].producer() if node.inputs[0] is not None else None
+    shape_of = facts.made_by(node.inputs[0], "Shape")
     index = facts.constant(node.inputs[1])
-    if shape_of is None or shape_of.op_identifier() != ("", "Shape", "") or shape_of.attributes:
+    if shape_of is None or shape_of.attributes or index is None or index.size != 1:
         return None
     source = shape_of.inputs[0]
-    if index is None or index.size != 1 or source is None:
-        return None
+    assert source is not None
     position = int(index.reshape(()))
     rank = facts.rank(source)
     dim: object = None

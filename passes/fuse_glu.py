@@ -99,10 +99,12 @@ def read_clamp(value: ir.Value) -> _Clamped:
     A Clip without a bound stops at the type's largest number (so the standard says, and
     onnxruntime does); Min and Max leave infinities alone.
     """
-    node = value.producer()
-    bounds = _bounds(node) if node is not None and node.domain == "" else None
-    if node is None or bounds is None:
-        return _Clamped(value, -math.inf, math.inf)
+    node, plain = value.producer(), _Clamped(value, -math.inf, math.inf)
+    if node is None or node.domain != "":
+        return plain
+    bounds = _bounds(node)
+    if bounds is None:
+        return plain
     source, low, high = bounds
     inner = read_clamp(source)
     return _Clamped(
@@ -115,8 +117,10 @@ def read_clamp(value: ir.Value) -> _Clamped:
 
 def _bounds(node: ir.Node) -> tuple[ir.Value, float, float] | None:
     """The operand a node clamps and its bounds, low below high; None for any other node."""
-    if node.op_type == "Clip" and node.inputs[0] is not None and not node.attributes:
-        dtype = facts.dtype_of(node.inputs[0])
+    if node.op_type == "Clip" and not node.attributes:
+        source = node.inputs[0]
+        assert source is not None
+        dtype = facts.dtype_of(source)
         if dtype is None:
             return None
         largest = DTYPES[dtype].largest
@@ -127,11 +131,12 @@ def _bounds(node: ir.Node) -> tuple[ir.Value, float, float] | None:
         )
         if low is None or high is None or not low <= high:
             return None
-        return node.inputs[0], low, high
+        return source, low, high
     if node.op_type in ("Min", "Max") and len(node.inputs) == 2:
         for source, bound in (node.inputs, tuple(reversed(node.inputs))):
             number = facts.scalar(bound)
-            if source is not None and number is not None and not math.isnan(number):
+            assert source is not None
+            if number is not None and not math.isnan(number):
                 least = node.op_type == "Min"
                 return source, -math.inf if least else number, number if least else math.inf
     return None
@@ -202,8 +207,8 @@ class FuseGLU(Rule):
 
     def propose(self, root: ir.Node) -> Rewrite | Miss | None:
         a, b = root.inputs
-        if a is None or b is None:
-            return None
+        assert a is not None
+        assert b is not None
         if root.op_type == "SwiGLU":
             return self._standard(root, a, b)
         nearest: Miss | None = None
@@ -272,7 +277,7 @@ class FuseGLU(Rule):
             detail = f"{gate.name} and {up.name} are not provably of one shape"
             return Miss(nodes, Refusal("shapes_not_proved", node_name(root), detail))
         parts = (gate, up) if layout != "pair" else ()
-        split = (value.producer() for value in parts)
+        split = filter(None, (value.producer() for value in parts))
         views = [view for view in map(facts.view_of, parts) if view is not None]
         return Rewrite(
             rule=self.name,
@@ -280,7 +285,7 @@ class FuseGLU(Rule):
             inputs=inputs,
             attributes=attributes,
             outputs=(root.outputs[0],),
-            nodes=(*dict.fromkeys(node for node in split if node is not None), *nodes),
+            nodes=(*dict.fromkeys(split), *nodes),
             shapes={view.source: (*_lead(view), math.prod(view.pair)) for view in views},
             computed={view.target: (*_lead(view), *view.pair) for view in views},
         )
@@ -335,8 +340,8 @@ def _linear_input(value: ir.Value) -> ir.Value | None:
     """x where `value` is x·W or x·W + b with constant W and b."""
     node = value.producer()
     if node is not None and node.op_type == "Add":
-        row = [operand for operand in node.inputs if facts.constant(operand) is None]
-        node = row[0].producer() if len(row) == 1 and row[0] is not None else None
+        rows = [v for v in filter(None, node.inputs) if facts.constant(v) is None]
+        node = rows[0].producer() if len(rows) == 1 else None
     if node is None or node.domain != "" or node.op_type not in ("MatMul", "Gemm"):
         return None
     if facts.constant(node.inputs[1]) is None:

@@ -44,7 +44,9 @@ def _branches(value: ir.Value, size: int) -> list[_Branch]:
     if len(value.uses()) != 1 or value.is_graph_output():
         return [plain]
     for row, factor in (node.inputs, tuple(reversed(node.inputs))):
-        if row is None or factor is None or facts.last_dim(row) != size:
+        assert row is not None
+        assert factor is not None
+        if facts.last_dim(row) != size:
             continue
         number = facts.scalar(factor)
         if number is not None:
@@ -208,7 +210,7 @@ def _assign(a: ir.Value, b: ir.Value, size: int) -> tuple[_Branch, _Branch]:
         second = _branches(b, size)[-1]
     if first.vector is not None:
         first, second = second, first
-    if first.number is None and second.number is not None and second.vector is None:
+    if first.number is None and second.number is not None:
         first, second = second, first
     return first, second
 

@@ -40,7 +40,6 @@ def _without_weights(model: ir.Model) -> onnx.ModelProto:
         proto.opset_import.add(domain=domain, version=version)
     proto.functions.extend(map(ir.serde.serialize_function, model.functions.values()))
     graph = proto.graph
-    graph.name = model.graph.name or "graph"
     graph.input.extend(map(ir.serde.serialize_value, model.graph.inputs))
     for value in model.graph.initializers.values():
         tensor = value.const_value
@@ -50,7 +49,7 @@ def _without_weights(model: ir.Model) -> onnx.ModelProto:
             graph.input.append(ir.serde.serialize_value(value))
         else:
             graph.initializer.append(ir.serde.serialize_tensor(tensor))
-            graph.initializer[-1].name = value.name or ""
+            graph.initializer[-1].name = str(value.name)
     for node in model.graph:
         ir.serde.serialize_node_into(graph.node.add(), node)
         for value in node.outputs:
@@ -76,16 +75,10 @@ class _Types:
                 modified |= self._learn(value, types[value.name])
         for node, proto in zip(graph, inferred.node, strict=True):
             for attribute in proto.attribute:
+                # No standard operator has bodies in a list.
                 if attribute.type == onnx.AttributeProto.GRAPH:
-                    bodies = [node.attributes[attribute.name].as_graph()]
-                    found = [attribute.g]
-                elif attribute.type == onnx.AttributeProto.GRAPHS:
-                    bodies = list(node.attributes[attribute.name].as_graphs())
-                    found = list(attribute.graphs)
-                else:
-                    continue
-                for body, inferred_body in zip(bodies, found, strict=True):
-                    modified |= self.give(body, inferred_body)
+                    body = node.attributes[attribute.name].as_graph()
+                    modified |= self.give(body, attribute.g)
         return modified
 
     def _learn(self, value: ir.Value, found: onnx.TypeProto) -> bool:

@@ -6,6 +6,7 @@ import abc
 import dataclasses
 import inspect
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar
 
@@ -90,7 +91,7 @@ class Rule(abc.ABC):
 
     @property
     def summary(self) -> str:
-        return (type(self).__doc__ or "").strip().splitlines()[0]
+        return self.documentation.partition("\n")[0]
 
     @property
     def documentation(self) -> str:
@@ -124,7 +125,7 @@ def first_accepted(
         outcome = accept(found)
         if isinstance(outcome, Rewrite):
             return outcome
-        if nearest.refusal is None or len(found.nodes) > len(nearest.nodes):
+        if len(found.nodes) > len(nearest.nodes):
             nearest = Miss(found.nodes, outcome)
     return nearest
 
@@ -151,7 +152,7 @@ class RewritePass(ir.passes.InPlacePass):
         super().__init__()
         self.rules = rules
         self.check = check
-        self.budget = budget if budget is not None else [2**31]
+        self.budget = budget if budget is not None else [sys.maxsize]
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         modified = False
@@ -211,7 +212,7 @@ def remember(miss: Miss, op: str) -> None:
             node.meta[MISS_KEY] = (op, miss)
 
 
-def apply(model: ir.Model, rewrite: Rewrite, opset: int) -> ir.Node:
+def apply(model: ir.Model, rewrite: Rewrite, opset: int) -> None:
     """Put the fused node in the place of the nodes it stands for.
 
     Source nodes stay as long as something else uses their results.
@@ -247,14 +248,11 @@ def apply(model: ir.Model, rewrite: Rewrite, opset: int) -> ir.Node:
     graph.insert_before(root, fused)
     for old, new in zip(rewrite.outputs, outputs, strict=True):
         if old is not None:
-            name = old.name
             final = _restore(rewrite, new)
             old.replace_all_uses_with(final, replace_graph_outputs=True)
-            old.name = f"{name}_before_{spec.op_type}"
-            final.name = name
+            old.name = f"{old.name}_before_{spec.op_type}"
     _remove_dead(rewrite.nodes)
     _declare(model, spec, opset)
-    return fused
 
 
 def _merge(rewrite: Rewrite, slot: Slot, value: ir.Value) -> ir.Value:
@@ -307,8 +305,9 @@ def _reshape(
 
 def _registered(value: ir.Value, graph: ir.Graph) -> ir.Value:
     """`value`, made an initializer of `graph` if it is a constant a rule made up."""
-    if value.const_value is None or value.graph is not None or value.producer() is not None:
+    if value.graph is not None:
         return value
+    assert value.const_value is not None
     array = value.const_value.numpy() if value.const_value.size <= SHARED_SIZE else None
     if array is not None:
         for known in graph.initializers.values():
@@ -319,6 +318,7 @@ def _registered(value: ir.Value, graph: ir.Graph) -> ir.Value:
                 and np.array_equal(made_up, array)
             ):
                 return known
+        value.meta[MADE_UP] = array
     taken = {out.name for node in graph for out in node.outputs} | set(graph.initializers)
     taken.update(given.name for given in graph.inputs)
     base, count = str(value.name), 1
@@ -326,8 +326,6 @@ def _registered(value: ir.Value, graph: ir.Graph) -> ir.Value:
         count += 1
         value.name = f"{base}_{count}"
     value.const_value.name = value.name
-    if array is not None:
-        value.meta[MADE_UP] = array
     graph.register_initializer(value)
     return value
 
@@ -360,8 +358,7 @@ def _declare(model: ir.Model, spec: OpSpec, opset: int) -> None:
     """Add the op's function body to the model, once."""
     identifier = (DOMAIN, spec.op_type, "")
     if identifier not in model.functions:
-        if model.ir_version < MIN_IR_VERSION:
-            model.ir_version = MIN_IR_VERSION
+        model.ir_version = max(model.ir_version, MIN_IR_VERSION)
         function = ir.serde.deserialize_function(spec.function(opset))
         model.functions[identifier] = function
     version = model.opset_imports.setdefault(DOMAIN, 1)

@@ -168,7 +168,7 @@ def _extended(turn: Turn, far: ir.Value) -> Turn | None:
     near, rest = facts.columns_of(turn.source), facts.columns_of(far)
     if near is None or rest is None or near.source is not rest.source:
         return None
-    if near.places != range(turn.width) or rest.places != range(turn.width, near.size):
+    if near.places + rest.places != tuple(range(near.size)):
         return None
     nodes = (*turn.nodes, *_producers(turn.source, far))
     partial = turn.width < near.size

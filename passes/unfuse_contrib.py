@@ -187,7 +187,7 @@ class UnfuseContrib(ir.passes.InPlacePass):
             return ir.passes.PassResult(model, False)
         common.InlinePass(criteria=lambda function: function.domain == _BODIES)(model)
         common.NameFixPass()(model)
-        common.RemoveUnusedOpsetsPass(process_functions=False)(model)
+        common.RemoveUnusedOpsetsPass()(model)
         return ir.passes.PassResult(model, True)
 
 

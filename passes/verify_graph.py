@@ -10,6 +10,7 @@ import onnx_ir as ir
 from fusenorm.errors import FusenormError
 from fusenorm.ops import parse
 from fusenorm.ops.spec import DOMAIN
+from fusenorm.passes import facts
 from fusenorm.passes.pattern import node_name
 
 
@@ -58,12 +59,8 @@ def _problems(model: ir.Model, graph: ir.Graph, visible: set[ir.Value]) -> Itera
         for value in node.inputs:
             if value is not None and value not in visible:
                 yield Problem(f"reads {value.name} before it is defined", node_name(node))
-        for attribute in node.attributes.values():
-            if attribute.type == ir.AttributeType.GRAPH:
-                yield from _problems(model, attribute.as_graph(), visible)
-            elif attribute.type == ir.AttributeType.GRAPHS:
-                for body in attribute.as_graphs():
-                    yield from _problems(model, body, visible)
+        for body in facts.bodies(node):
+            yield from _problems(model, body, visible)
         if node.domain == DOMAIN:
             yield from (Problem(detail, node_name(node)) for detail in _misfits(model, node))
         own.update(node.outputs)

@@ -11,6 +11,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 import fusenorm
+from fusenorm.passes import facts
 from fusenorm.passes.pattern import Miss
 from fusenorm.passes.rewrite import Rule
 from fusenorm.report import Report
@@ -88,6 +89,20 @@ def proposed(
     if isinstance(outcome, Miss):
         return outcome.refusal.code if outcome.refusal is not None else "?"
     return None if outcome is None else outcome.spec.op_type
+
+
+def written(graph: ir.Graph | ir.Function) -> list[str]:
+    """A line per node; those of its bodies follow it."""
+    lines = []
+    for node in graph:
+        names = [
+            ", ".join(str(v.name) if v else "" for v in vs) for vs in (node.outputs, node.inputs)
+        ]
+        op = f"{node.domain}.{node.op_type}" if node.domain else node.op_type
+        lines.append(f"{names[0]} = {op}({names[1]})")
+        for body in facts.bodies(node):
+            lines += [f"  {line}" for line in written(body)]
+    return lines
 
 
 def run(proto: onnx.ModelProto, feeds: Mapping[str, np.ndarray]) -> list[np.ndarray]:

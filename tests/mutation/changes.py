@@ -110,7 +110,8 @@ def replacements(node: ast.AST) -> Iterator[ast.AST]:
         case ast.comprehension(ifs=[_, *_]):
             yield _changed(node, ifs=[])
         case ast.Return(value=ast.expr() as value):
-            if not (isinstance(value, ast.Constant) and value.value is None):
+            # False and None are one to whoever asks for a truth.
+            if ast.unparse(value) not in ("None", "False"):
                 yield ast.Return(ast.Constant(None))
         case ast.Expr() | ast.AugAssign() | ast.Raise() | ast.Continue() | ast.Break():
             yield ast.Pass()
@@ -161,6 +162,8 @@ def _says_nothing(node: ast.AST) -> bool:
             return alias or ast.unparse(target) in ("detail", "__all__")
         case ast.If(body=[ast.Raise(exc=ast.Call(func=ast.Name(id="ImportError")))]):
             return True
+        case ast.keyword(arg="strict" | "safe", value=ast.Constant(True)):
+            return True  # like assert, for what is known to hold
     return False
 
 

@@ -6,6 +6,7 @@ import ast
 import collections
 import functools
 import gc
+import itertools
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -33,6 +34,8 @@ from tests.mutation.survey import (
 PATIENCE, FACTOR = 10, 3
 # Seconds of tests a mutant meets at most; one that only later tests would notice counts as left.
 BUDGET = 10.0
+# Lines before and after a change whose tests come first.
+NEAR = 10
 
 _Functions = Mapping[tuple[str, int], Sequence[FunctionType]]
 
@@ -91,6 +94,7 @@ class Hunt:
         inside: of those that change functions.
         outside: of those that change what runs at import.
         killers: the tests that noticed one in this process.
+        often: how many tests run each line.
     """
 
     def __init__(
@@ -115,6 +119,8 @@ class Hunt:
         self.log = folder / f"{file.name}.log"
         self.log.touch()
         self.killers: set[str] = set()
+        lines = (trial.lines.get(file.name, ()) for trial in survey.trials.values())
+        self.often = collections.Counter(itertools.chain.from_iterable(lines))
 
     @property
     def kills(self) -> collections.Counter[str]:
@@ -184,7 +190,7 @@ class Hunt:
 
         Collecting them takes longest, so the file of tests that noticed most comes first, alone.
         """
-        order = self._order(list(self.survey.trials))
+        order = self._order(list(self.survey.trials), mutant)
         sums = collections.Counter[str]()
         for function, count in self.kills.items():
             sums[function.split("::")[0]] += count
@@ -210,7 +216,7 @@ class Hunt:
             for name, trial in self.survey.trials.items()
             if trial.runs(self.file.name, mutant.lines)
         ]
-        order = self._order(direct)
+        order = self._order(direct, mutant)
         code = mutant.code()
         changed = [(function, part) for key, part in _walk(code) for function in live.get(key, ())]
         if any(function.__code__.co_freevars != part.co_freevars for function, part in changed):
@@ -248,14 +254,16 @@ class Hunt:
                 log.write(f"{_function(killer)}\n")
         return status
 
-    def _order(self, names: Sequence[str]) -> list[str]:
-        """The quickest tests that notice most, first; last those that run nothing of the file."""
+    def _order(self, names: Sequence[str], mutant: Mutant) -> list[str]:
+        """First the quick tests that notice most and run what few others run near the change."""
         kills = self.kills
+        near = range(mutant.lines.start - NEAR, mutant.lines.stop + NEAR)
 
         def cost(name: str) -> float:
             trial = self.survey.trials[name]
-            apart = self.file.name not in trial.lines
-            return trial.seconds * (30 if apart else 1) / (1 + kills[_function(name)])
+            run = trial.lines.get(self.file.name, frozenset())
+            rare = sum(1 / self.often[line] for line in run.intersection(near))
+            return trial.seconds / (1e-3 + rare) / (1 + kills[_function(name)])
 
         order, seconds = [], 0.0
         for name in sorted(names, key=cost):

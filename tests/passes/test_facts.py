@@ -83,6 +83,54 @@ def test_an_attribute_has_the_standard_s_default() -> None:
     assert facts.attribute_int(given, "axis", -1) == 1
 
 
+def test_the_node_that_makes_a_value() -> None:
+    found = values("a = Neg(x)\nb = other.Neg(a)\ny = Abs(b)")
+    assert facts.made_by(found["a"], "Neg") is found["a"].producer()
+    assert [facts.made_by(v, "Neg") for v in (found["b"], found["y"], found["x"], None)] == [
+        None
+    ] * 4
+
+
+@pytest.mark.parametrize(
+    ("body", "kind", "order"),
+    [
+        ("y = Transpose<perm = [0, 2, 1]>(x)", "float[b,s,8]", (0, 2, 1)),
+        ("y = Transpose<perm = [0, 2, 1]>(x)", "float[]", (0, 2, 1)),
+        ("y = Transpose(x)", "float[b,s,8]", (2, 1, 0)),
+        ("y = Transpose(x)", "float[]", None),
+        ("y = other.Transpose(x)", "float[b,s,8]", None),
+        ("y = Neg(x)", "float[b,s,8]", None),
+    ],
+)
+def test_the_order_of_a_transpose(body: str, kind: str, order: tuple[int, ...] | None) -> None:
+    assert facts.permutation(values(body, f"{kind} x")["y"].producer()) == order
+    assert facts.permutation(None) is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "size", "known"),
+    [
+        ("float16[b,s,4]", 8, (ir.DataType.FLOAT16, 4)),
+        ("float16[b,s,n]", 8, (ir.DataType.FLOAT16, 8)),
+        ("float16[b,s,4]", None, (ir.DataType.FLOAT16, 4)),
+        ("float16[b,s,n]", None, (ir.DataType.FLOAT16, None)),
+    ],
+)
+def test_what_is_known_is_not_assumed(kind: str, size: int | None, known: object) -> None:
+    x = values("y = Neg(x)", f"{kind} x")["x"]
+    facts.assume_row(x, "f32", size)
+    assert (x.dtype, facts.last_dim(x)) == known
+
+
+@pytest.mark.parametrize("size", [8, None])
+def test_what_is_assumed_of_a_value_nothing_is_known_of(size: int | None) -> None:
+    value = ir.val("untyped")
+    facts.assume_row(value, "f32", size)
+    assert (value.dtype, facts.last_dim(value)) == (ir.DataType.FLOAT, size)
+    facts.assume_row(value, "f16", 4)
+    assert (value.dtype, facts.last_dim(value)) == (ir.DataType.FLOAT, size or 4)
+
+
 # Axes and dimensions.
 
 
@@ -438,17 +486,26 @@ def _twins(lines: str) -> bool:
     constants |= {name: np.array([index]) for name, index in indices.items()}
     inputs = "float[?,?,8] x, float[?,?,8] z, float[] unknown, float[8,n] p, float[8,m] q"
     # Of parts along the rows the width is declared: it is the rows that differ.
-    known = "float[?,?,8] a, float[?,?,8] b" if "axis = 1" in lines or "one_axis" in lines else ""
+    declared = any(words in lines for words in ("axis = 1", "one_axis", "other."))
+    known = "float[?,?,8] a, float[?,?,8] b" if declared else ""
     found = values(f"{lines}\n{TWINS}", inputs, constants=constants, known=known)
     facts.annotate(found["y"].producer().graph)  # type: ignore[arg-type, union-attr]
     return facts.same_shape(found["a"], found["b"])
 
 
 def test_the_first_axis_is_the_default_one_to_split() -> None:
-    body = "a, t = Split<num_outputs = 2>(x)\ny = Neg(x)"
-    found = values(body, "float[?,8] x", known="float[?,8] a, float[?,8] t")
-    assert not facts.same_shape(found["a"], found["y"])
+    body = "a, t = Split<num_outputs = 2>(x)\nz = Neg(x)\ny = Neg(z)"
+    found = values(body, "float[?,8] x", known="float[?,8] a, float[?,8] t, float[?,8] z")
+    assert not facts.same_shape(found["a"], found["z"])
     assert facts.half_of(found["a"]) is None
+
+
+@pytest.mark.parametrize(("axis", "same"), [(-1, True), (2, True), (1, False), (0, False)])
+def test_parts_of_any_size_share_the_rows(axis: int, same: bool) -> None:
+    body = f"a, b, t = Split<axis = {axis}>(x, sizes)\ny = Add(a, b)"
+    known = "float[?,?,2] a, float[?,?,2] b"
+    found = values(body, "float[?,?,8] x", known=known, constants={"sizes": np.array([2, 2, 4])})
+    assert facts.same_shape(found["a"], found["b"]) == same
 
 
 def test_a_walk_that_is_given_up_proves_nothing() -> None:
@@ -461,143 +518,6 @@ def test_a_walk_that_is_given_up_proves_nothing() -> None:
     facts.annotate(found["y"].producer().graph)  # type: ignore[arg-type, union-attr]
     assert not facts.same_shape(found["a300"], found["b300"])
     assert facts.same_shape(found["a200"], found["a3"])
-
-
-# Halves of a packed tensor.
-
-
-def half(body: str, kind: str = "float[b,s,8]", **constants: object) -> tuple[str, int] | None:
-    arrays = {name: np.asarray(array, np.int64) for name, array in constants.items()}
-    opset = 11 if "split =" in body else 18
-    inputs = f"{kind} x, int64[1] n"
-    found = values(body, inputs, constants=arrays, opset=opset)
-    part = facts.half_of(found["y"])
-    if part is None:
-        return None
-    assert part[0] is found["x"]
-    return part[1:]
-
-
-@pytest.mark.parametrize(
-    ("body", "part"),
-    [
-        ("y, b = Split<axis = -1, num_outputs = 2>(x)", ("halves", 0)),
-        ("a, y = Split<axis = 2, num_outputs = 2>(x)", ("halves", 1)),
-        ("a, y = Split<axis = 1, num_outputs = 2>(x)", None),
-        ("a, y = Split<num_outputs = 2>(x)", None),
-        ("y, b, c = Split<axis = -1, num_outputs = 3>(x)", None),
-        ("y = Split<axis = -1, num_outputs = 1>(x)", None),
-        ("y, b = Split<axis = -1, split = [4, 4]>(x)", ("halves", 0)),
-        ("y, b = Split<axis = -1, split = [3, 5]>(x)", None),
-        ("y, b = Split<axis = -1>(x, even)", ("halves", 0)),
-        ("a, y = Split<axis = -1>(x, even)", ("halves", 1)),
-        ("a, y = Split<axis = -1>(x, uneven)", None),
-        ("a, y = Split<axis = -1>(x, n)", None),
-        ("y, b = other.Split<axis = -1>(x)", None),
-        ("y = Relu(x)", None),
-        ("y = RandomNormal<shape = [2, 8]>()", None),
-    ],
-)
-def test_a_half_by_split(body: str, part: tuple[str, int] | None) -> None:
-    assert half(body, even=[4, 4], uneven=[3, 5]) == part
-
-
-@pytest.mark.parametrize(
-    ("kind", "body", "part"),
-    [
-        ("float[b,s,7]", "y, b = Split<axis = -1, num_outputs = 2>(x)", None),
-        ("float[b,s,n]", "y, b = Split<axis = -1, num_outputs = 2>(x)", None),
-        ("float[b,s,n]", "y, b = Split<axis = -1>(x, even)", ("halves", 0)),
-    ],
-)
-def test_a_split_of_an_odd_or_unknown_width(
-    kind: str, body: str, part: tuple[str, int] | None
-) -> None:
-    assert half(body, kind, even=[4, 4]) == part
-
-
-MOST = 2**62
-
-
-@pytest.mark.parametrize(
-    ("start", "end", "axis", "step", "part"),
-    [
-        (0, 4, -1, 1, ("halves", 0)),
-        (4, 8, -1, 1, ("halves", 1)),
-        (4, MOST, 2, 1, ("halves", 1)),
-        (-4, MOST, -1, 1, ("halves", 1)),
-        (-8, -4, -1, 1, ("halves", 0)),
-        (0, 8, -1, 2, ("interleaved", 0)),
-        (1, MOST, -1, 2, ("interleaved", 1)),
-        (0, 4, 1, 1, None),
-        (0, 3, -1, 1, None),
-        (0, 5, -1, 1, None),
-        (1, 5, -1, 1, None),
-        (4, 7, -1, 1, None),
-        (0, 8, -1, 1, None),
-        (0, 7, -1, 3, None),
-        (2, 8, -1, 2, None),
-        (3, -9, -1, -1, None),
-        (0, 0, -1, 1, None),
-    ],
-)
-def test_a_half_by_slice(
-    start: int, end: int, axis: int, step: int, part: tuple[str, int] | None
-) -> None:
-    body = "y = Slice(x, start, end, axis, step)"
-    assert half(body, start=[start], end=[end], axis=[axis], step=[step]) == part
-
-
-@pytest.mark.parametrize(
-    ("kind", "body", "part"),
-    [
-        ("float[b,s,8]", "y = Slice(x, zero, four, last)", ("halves", 0)),
-        ("float[b,s,8]", "y = Slice(x, zero, n, last)", None),
-        ("float[b,s,8]", "y = Slice(x, n, four, last)", None),
-        ("float[b,s,8]", "y = Slice(x, zero, four, n)", None),
-        ("float[b,s,8]", "y = Slice(x, pair, pairs, axes)", None),
-        ("float[8]", "y = Slice(x, zero, four)", None),
-        ("float[b,s,n]", "y = Slice(x, zero, four, last)", None),
-        ("float[b,s,7]", "y = Slice(x, zero, three, last)", None),
-        ("float[b,s,9]", "y = Slice(x, zero, four, last)", None),
-        ("float[b,s,6]", "y = Slice(x, zero, three, last)", ("halves", 0)),
-        ("float[b,s,8]", "y = other.Slice(x, zero, four, last)", None),
-        ("float[b,s,8]", "y = Pad(x, zero, four, last)", None),
-    ],
-)
-def test_a_slice_whose_bounds_are_no_half(
-    kind: str, body: str, part: tuple[str, int] | None
-) -> None:
-    bounds = {"zero": [0], "three": [3], "four": [4], "last": [-1]}
-    assert half(body, kind, **bounds, pair=[0, 0], pairs=[4, 8], axes=[1, 2]) == part
-
-
-@pytest.mark.parametrize(
-    ("kind", "body", "columns"),
-    [
-        ("float[b,s,9]", "y = Slice(x, zero, four, last)", (9, range(4))),
-        ("float[b,s,9]", "y = Slice(x, four, nine, two)", (9, range(4, 9))),
-        ("float[b,s,9]", "y = Slice(x, nine, nine, last)", (9, range(0))),
-        ("float[b,s,9]", "y = Slice(x, zero, four, zero)", None),
-        ("float[b,s,n]", "y = Slice(x, zero, four, last)", None),
-        ("float[b,s,0]", "y = Slice(x, zero, four, last)", None),
-        ("float[b,s,9]", "y = Gather<axis = -1>(x, given)", (9, range(1, 7, 2))),
-        ("float[b,s,9]", "y = Gather<axis = -1>(x, one)", None),
-        ("float[b,s,9]", "y = Neg(x)", None),
-        ("float[b,s,9]", "y = Constant<value_float = 1.0>()", None),
-    ],
-)
-def test_columns(kind: str, body: str, columns: tuple[int, range] | None) -> None:
-    numbers = {"zero": [0], "four": [4], "nine": [9], "two": [2], "last": [-1], "given": [1, 3, 5]}
-    arrays = {name: np.array(numbers[name]) for name in numbers if name in body}
-    arrays |= {"one": np.array(1)} if "one" in body else {}
-    found = values(body, f"{kind} x", constants=arrays)
-    part = facts.columns_of(found["y"])
-    assert part == (columns and facts.Columns(found["x"], *columns))
-
-
-def test_an_input_is_no_part() -> None:
-    assert facts.columns_of(values("y = Neg(x)")["x"]) is None
 
 
 # What a node reads.
@@ -636,11 +556,3 @@ def test_bodies_in_a_list_and_outer_values_they_return() -> None:
     node = ir.Node("other", "Switch", [ir.val("x")], [several])
     read = {value.name for value in facts.operands(node)}
     assert {"x", "outer", "inner"} <= read
-
-
-def test_a_split_whose_sizes_are_left_out() -> None:
-    found = values("y, b = Split<axis = -1, num_outputs = 2>(x)")
-    node = found["y"].producer()
-    assert node is not None
-    node.resize_inputs(2)
-    assert facts.half_of(found["y"]) == (found["x"], "halves", 0)

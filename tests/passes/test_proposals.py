@@ -11,6 +11,7 @@ import pytest
 from fusenorm.ops import DOMAIN, Gated, Norm
 from fusenorm.passes.fuse_activation import FuseGelu, FuseGeluTanh, FuseRelu2, FuseSwish
 from fusenorm.passes.fuse_norm import FuseLayerNorm, FuseRMSNorm, NormNode, as_row, read_norm
+from fusenorm.passes.fuse_residual import FuseResidual
 from fusenorm.passes.infer_shapes import InferShapes
 from fusenorm.passes.pattern import Miss, Refusal
 from fusenorm.passes.rewrite import Rewrite, Rule
@@ -355,6 +356,40 @@ def test_rms_normalization_of_anything_else(
     body: str, inputs: str, refusal: tuple[str, str]
 ) -> None:
     assert refused(FuseLayerNorm(), body, inputs) == refusal
+
+
+# Residual sums.
+
+
+@pytest.mark.parametrize(
+    ("sums", "inputs", "factors"),
+    [
+        ("s = Add(x, r)", ["x", "r"], {}),
+        ("u = Mul(x, k)\ns = Add(u, r)", ["x", "r"], {"alpha": 1.702}),
+        ("u = Mul(half, r)\ns = Add(x, u)", ["r", "x"], {"alpha": 0.5}),
+        ("u = Mul(x, k)\nv = Mul(r, half)\ns = Add(u, v)", ["x", "r"],
+         {"alpha": 1.702, "beta": 0.5}),
+        ("u = Mul(r, row)\ns = Add(x, u)", ["x", "r", "row"], {}),
+        ("u = Mul(x, row)\ns = Add(u, r)", ["r", "x", "row"], {}),
+        ("u = Mul(x, k)\nv = Mul(r, row)\ns = Add(u, v)", ["x", "r", "row"], {"alpha": 1.702}),
+        ("u = Mul(x, row)\nv = Mul(r, k)\ns = Add(u, v)", ["r", "x", "row"], {"alpha": 1.702}),
+        ("u = Mul(x, row)\nv = Mul(r, row)\ns = Add(u, v)", ["v", "x", "row"], {}),
+        ("u = Mul(x, k)\nw = Neg(u)\ns = Add(u, r)", ["u", "r"], {}),
+    ],
+)  # fmt: skip
+def test_which_operand_of_a_sum_takes_which_factor(
+    sums: str, inputs: list[str], factors: dict[str, float]
+) -> None:
+    body = f"{sums}\ny = LayerNormalization(s, g)"
+    proposal = propose(FuseResidual(), body, "float[b,3,8] x, float[b,3,8] r")
+    assert isinstance(proposal, Rewrite)
+    assert names(proposal) == [*inputs, "g"]
+    wanted = {name: pytest.approx(factor) for name, factor in factors.items()}
+    assert proposal.attributes == {"epsilon": 1e-5, **wanted}
+    assert proposal.spec == Norm(
+        centred=True, skip=True, alpha="alpha" in factors, beta="beta" in factors,
+        layer_scale="row" in inputs,
+    )  # fmt: skip
 
 
 # Activations.

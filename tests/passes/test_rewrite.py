@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import numpy as np
@@ -15,7 +16,7 @@ from fusenorm.passes.pattern import Const, Miss, Op, Pattern, Refusal, State, Va
 from fusenorm.passes.rewrite import Rewrite, RewritePass, Rule, first_accepted, root_key
 from fusenorm.passes.speller import Speller
 from fusenorm.passes.verify_graph import find_problem
-from tests.graphs import values
+from tests.graphs import values, written
 
 SWISH = Gated("swish")
 SKIP = Norm(skip=True)
@@ -178,6 +179,22 @@ def test_only_declared_ops_of_a_new_enough_opset(spec: Gated, opset: int, code: 
         assert model.graph[0].meta[rewriting.MISS_KEY][1].refusal.code == code
 
 
+def test_a_model_without_standard_operators_has_no_opset() -> None:
+    model = model_of("y = other.Neg(x)")
+    del model.graph.opset_imports[""]
+    assert not apply(model, Stub(swish_of, "other::Neg"))
+    assert model.graph[0].meta[rewriting.MISS_KEY][1].refusal.detail == "opset 0 is older than 12"
+
+
+def test_a_rule_without_documentation() -> None:
+    class Silent(Stub):
+        pass
+
+    silent = Silent(swish_of)
+    assert (silent.summary, silent.documentation) == ("", "")
+    assert Stub(swish_of).summary == "A rule that proposes what it is told."
+
+
 def test_branches_are_graphs_too() -> None:
     body = """
       y = If (flag) <
@@ -255,6 +272,27 @@ def test_an_output_the_source_does_not_have_gets_a_name_and_shape() -> None:
     assert not s.uses()
 
 
+def test_outputs_keep_facts_of_their_own() -> None:
+    model = model_of("c, a = other.Both(x, r)\ny = Sub(c, a)", "float[b,s,8] x, float[b,s,8] r")
+    first, second = model.graph[0].outputs
+    first.shape, second.shape = ir.Shape(["n", 8]), ir.Shape(["m", 8])
+    assert apply(model, Stub(lambda root: skip_of(root, *root.outputs), "other::Both"))
+    assert [(v.name, str(v.shape)) for v in model.graph[0].outputs] == [
+        ("c", "[n,8]"),
+        ("a", "[m,8]"),
+    ]
+
+
+def test_a_root_that_stays_for_another_output_gives_up_its_name() -> None:
+    model = model_of("c, a = other.Both(x)\ny = Sub(c, a)")
+    assert apply(model, Stub(swish_of, "other::Both"))
+    assert written(model.graph) == [
+        "c = fusenorm.Swish(x)",
+        "c_before_Swish, a = other.Both(x)",
+        "y = Sub(c, a)",
+    ]
+
+
 def test_readers_before_the_root_are_sorted_behind_the_node() -> None:
     body = "c = Add(x, r)\na = Neg(c)\ny = Sub(c, a)"
     model = model_of(body, "float[b,s,8] x, float[b,s,8] r")
@@ -303,6 +341,8 @@ def test_other_constants_get_names_of_their_own(other: np.ndarray) -> None:
 def test_large_constants_are_not_compared() -> None:
     large = np.ones(rewriting.SHARED_SIZE + 1, np.float32)
     assert len(two_skips(large, large).graph.initializers) == 2
+    small = np.ones(8, np.float32)
+    assert len(two_skips(large, small).graph.initializers) == 2
     largest = np.ones(rewriting.SHARED_SIZE, np.float32)
     assert len(two_skips(largest, largest).graph.initializers) == 1
 
@@ -442,9 +482,7 @@ def test_merged_axes_are_reshaped_and_restored() -> None:
 
     def propose(root: ir.Node) -> Rewrite:
         made = skip_of(root, root.outputs[0], None, scale=model.graph.inputs[2])
-        return Rewrite(
-            made.rule, SKIP, made.inputs, made.attributes, made.outputs, made.nodes, (3, 8)
-        )
+        return dataclasses.replace(made, merged=(3, 8))
 
     assert apply(model, Stub(propose, "Add"))
     assert types(model) == ["Reshape"] * 3 + [SKIP.op_type, "Reshape", "Neg"]
@@ -459,3 +497,25 @@ def test_merged_axes_are_reshaped_and_restored() -> None:
     ]  # fmt: skip
     assert (back.outputs[0].name, neg.inputs[0]) == ("c", back.outputs[0])
     assert back.inputs[0] is fused.outputs[0]
+    assert fused.outputs[0].name == f"c_{SKIP.op_type}"
+
+
+def test_a_constant_row_is_reshaped_by_a_node_a_constant_vector_at_once() -> None:
+    array = np.arange(24, dtype=np.float32).reshape(1, 3, 8)
+    found = values(
+        "c = Add(x, r)\ny = Neg(c)",
+        "float[1,3,8] x",
+        known="float[1,3,8] c",
+        constants={"r": array},
+    )
+    model = ir.Model(found["y"].producer().graph, ir_version=10)  # type: ignore[arg-type, union-attr]
+
+    def propose(root: ir.Node) -> Rewrite:
+        made = skip_of(root, root.outputs[0], None, scale=constant(array[0]))
+        return dataclasses.replace(made, merged=(3, 8))
+
+    assert apply(model, Stub(propose, "Add"))
+    assert types(model) == ["Reshape", "Reshape", SKIP.op_type, "Reshape", "Neg"]
+    scale = model.graph.initializers["made_up_flat"].const_value
+    assert scale is not None
+    np.testing.assert_array_equal(scale.numpy(), array.reshape(24))

@@ -12,6 +12,7 @@ import onnxruntime as ort
 import pytest
 
 import fusenorm
+from fusenorm.ops.activation import ACTIVATIONS
 from fusenorm.report import Report
 from tests.graphs import fused_ops, rows, run
 
@@ -63,6 +64,17 @@ def test_contrib_op(body: str, op: str) -> None:
     feeds = {info.name: feeds[info.name] for info in proto.graph.input}
     for a, b in zip(run(proto, feeds), run(after, feeds), strict=True):
         np.testing.assert_allclose(b, a, rtol=0, atol=1e-5 * np.abs(a).max())
+
+
+def test_a_gated_gelu_of_biased_halves() -> None:
+    """No kernel on a CPU computes it: the second half, through GELU, gates the first."""
+    proto = _model(f"y = {MS}.BiasSplitGelu(x, b)", "float[n,s,8] y")
+    result = fusenorm.optimize(proto)
+    assert fused_ops(result.report) == ["GLU"]
+    x = rows(2, 3, 16)
+    up, gate = np.split(x + VECTORS["b"], 2, axis=-1)
+    (y,) = run(ir.to_proto(result.model), {"x": x, "r": x})
+    np.testing.assert_allclose(y, up * ACTIVATIONS["gelu"].numpy(gate), rtol=0, atol=1e-5)
 
 
 def test_f16_skip_norm_sums_in_f32() -> None:

@@ -1,0 +1,196 @@
+"""Shape inference of whole models: what becomes known, what stays unknown, what is new."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import onnx
+import onnx.parser
+import onnx_ir as ir
+import pytest
+
+from fusenorm.passes import infer_shapes
+from fusenorm.passes.infer_shapes import InferShapes
+
+HEAD = '<ir_version: 8, opset_import: ["" : 18, "other" : 1, "local" : 1]>'
+X = "float[b,s,8] x"
+
+
+def parsed(
+    body: str,
+    inputs: str = X,
+    *,
+    known: str = "",
+    output: str = "float[] y",
+    rest: str = "",
+    constants: Mapping[str, np.ndarray] | None = None,
+) -> ir.Model:
+    """A model of one output, y, whose type is unknown unless given."""
+    text = f"{HEAD}\ngraph ({inputs}) => ({output}) <{known}> {{\n{body}\n}}\n{rest}"
+    proto = onnx.parser.parse_model(text)
+    for name, array in (constants or {}).items():
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(array, name))
+    model = ir.from_proto(proto)
+    if output == "float[] y":
+        model.graph.outputs[0].type = model.graph.outputs[0].shape = None
+    return model
+
+
+def learned(model: ir.Model) -> tuple[str, ir.DataType | None] | None:
+    """Shape and type of y, None where nothing was learned of any value."""
+    result = InferShapes()(model)
+    y = model.graph.outputs[0]
+    assert not InferShapes()(model).modified
+    return (str(y.shape), y.dtype) if result.modified else None
+
+
+FLOAT = ir.DataType.FLOAT
+
+
+@pytest.mark.parametrize(
+    ("body", "known", "shape"),
+    [
+        ("y = Neg(x)", "", "[b,s,8]"),
+        ("a = Neg(x)\ny = Transpose(a)", "", "[8,s,b]"),
+        # A shape computed from a shape.
+        (
+            "h = Shape<start = 0, end = 1>(x)\nt = Concat<axis = 0>(h, h)\n"
+            "z = ConstantOfShape(t)\ny = Add(z, z)",
+            "",
+            "[b,b]",
+        ),
+        # What is declared of values nobody can infer is taken as it is.
+        ("a = other.Thing(x)\ny = Neg(a)", "float[b,4] a", "[b,4]"),
+    ],
+)
+def test_what_follows_from_the_inputs(body: str, known: str, shape: str) -> None:
+    assert learned(parsed(body, known=known)) == (shape, FLOAT)
+
+
+def test_functions_of_the_model_are_looked_into() -> None:
+    rest = '<domain: "local", opset_import: ["" : 18]>\nf (p) => (q) { q = Transpose(p) }'
+    assert learned(parsed("y = local.f(x)", rest=rest)) == ("[8,s,b]", FLOAT)
+
+
+def test_an_operator_means_what_it_does_in_the_model_s_opset() -> None:
+    model = parsed("y = ReduceSum<axes = [1], keepdims = 0>(x)")
+    model.graph.opset_imports[""] = 12
+    assert learned(model) == ("[b,8]", FLOAT)
+
+
+def test_what_cannot_be_inferred_stays_unknown() -> None:
+    assert learned(parsed("y = other.Thing(x)")) is None
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "q = SequenceConstruct(x)\ny = ConcatFromSequence<axis = 0>(q)",
+        "o = Optional(x)\ny = OptionalGetElement(o)",
+    ],
+)
+def test_a_model_of_sequences_or_optionals_stays_as_it_is(body: str) -> None:
+    model = parsed(f"a = Neg(x)\n{body}")
+    assert learned(model) is None
+    assert model.graph[0].outputs[0].shape is None
+
+
+def test_a_model_inference_cannot_handle_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object, **kwargs: object) -> onnx.ModelProto:
+        raise ValueError("too large")
+
+    monkeypatch.setattr(onnx.shape_inference, "infer_shapes", fail)
+    assert learned(parsed("y = Neg(x)")) is None
+
+
+# Constants.
+
+
+@pytest.mark.parametrize("overridable", [False, True])
+def test_a_shape_a_caller_may_override_is_unknown(overridable: bool) -> None:
+    inputs = f"{X}, int64[3] to" if overridable else X
+    model = parsed("y = Reshape(x, to)", inputs, constants={"to": np.array([2, 3, 8])})
+    InferShapes()(model)
+    shape = model.graph.outputs[0].shape
+    assert shape is not None
+    assert (shape.dims == (2, 3, 8)) == (not overridable)
+
+
+@pytest.mark.parametrize(("size", "kept"), [(1000, True), (1001, False)])
+def test_only_small_constants_are_shapes(size: int, kept: bool) -> None:
+    model = parsed("y = Cast<to = 1>(w)", constants={"w": np.zeros(size, np.uint8)})
+    proto = infer_shapes._without_weights(model)
+    assert [tensor.name for tensor in proto.graph.initializer] == (["w"] if kept else [])
+    assert [info.name for info in proto.graph.input] == (["x"] if kept else ["x", "w"])
+    assert learned(model) == (f"[{size}]", FLOAT)
+
+
+def test_constants_are_known_by_the_names_of_their_values() -> None:
+    constants = {"to": np.array([2, 8]), "axes": np.array([1])}
+    model = parsed("a = Reshape(x, to)\ny = Unsqueeze(a, axes)", constants=constants)
+    for value in model.graph.initializers.values():
+        value.const_value = ir.tensor(constants[str(value.name)], name="another")
+    assert learned(model) == ("[2,1,8]", FLOAT)
+
+
+def test_a_constant_whose_numbers_are_elsewhere_has_a_type() -> None:
+    model = parsed("y = Add(x, w)", constants={"w": np.zeros((5, 1, 8), np.float32)})
+    model.graph.initializers["w"].const_value = None
+    assert learned(model) == ("[5,s,8]", FLOAT)
+
+
+# Values.
+
+
+def test_values_of_one_type_share_one_shape() -> None:
+    model = parsed("a = Neg(x)\nb = Abs(a)\ny = Exp(b)")
+    assert learned(model) == ("[b,s,8]", FLOAT)
+    first, second, _ = (node.outputs[0] for node in model.graph)
+    assert first.shape is second.shape
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "modified"),
+    [
+        (["b", "s", 8], FLOAT, False),
+        (None, FLOAT, True),
+        (["b", "s", 8], None, True),
+        ([None, None, 8], FLOAT, True),
+    ],
+)
+def test_only_what_is_new_is_a_change(
+    shape: list[int | str | None] | None, dtype: ir.DataType | None, modified: bool
+) -> None:
+    model = parsed("y = Neg(x)", output="float[b,s,8] y")
+    y = model.graph.outputs[0]
+    y.type = None
+    y.shape = None if shape is None else ir.Shape(shape)
+    if dtype is not None:
+        y.dtype = dtype
+    assert InferShapes()(model).modified == modified
+    assert y.dtype == FLOAT
+
+
+def test_values_of_bodies_are_learned_too() -> None:
+    body = """
+      y = If (f) <
+        then_branch = yes () => (float[b,s,8] z) { v = Transpose(x) z = Transpose(v) },
+        else_branch = no () => (float[b,s,8] w) {
+          w = If (f) <
+            then_branch = inner () => (float[b,s,8] p) { u = Abs(x) p = Neg(u) },
+            else_branch = other () => (float[b,s,8] q) { q = Exp(x) }
+          >
+        }
+      >
+    """
+    model = parsed(body, f"{X}, bool f", output="float[b,s,8] y")
+    assert InferShapes()(model).modified
+    shapes = {
+        value.name: str(value.shape)
+        for graph in model.graphs()
+        for node in graph
+        for value in node.outputs
+    }
+    assert (shapes["v"], shapes["u"]) == ("[8,s,b]", "[b,s,8]")
+    assert not InferShapes()(model).modified

@@ -156,6 +156,9 @@ def collect_regions(model: ir.Model) -> list[Site]:
         for node in graph:
             if node.domain == DOMAIN and isinstance(parse(node.op_type), REGIONS):
                 sites.append(_fused(node))
+                known = node.meta.get(MISS_KEY)
+                if known and node is known[1].nodes[0]:
+                    sites.append(_left(node, known[0], "refused"))
             elif node.op_type in CONTRACTIONS and node.domain == "" and MISS_KEY in node.meta:
                 op = node.meta[MISS_KEY][0]
                 if op not in CONTRACTIONS.values():

@@ -171,17 +171,22 @@ class RewritePass(ir.passes.InPlacePass):
             if root_key(node.domain, node.op_type) not in rule.roots or self.budget[0] <= 0:
                 continue
             proposal = rule.propose(node)
-            if isinstance(proposal, Rewrite):
-                refusal = _refused(proposal, opset) or (
-                    self.check(proposal, opset) if self.check else None
-                )
-                if refusal is None:
-                    self.budget[0] -= 1
-                    apply(model, proposal, opset)
-                    return True
-                proposal = Miss(proposal.nodes, refusal)
-            if proposal is not None:
-                _remember(proposal, rule.op)
+            if proposal is not None and self.settle(model, proposal, rule.op, opset):
+                return True
+        return False
+
+    def settle(self, model: ir.Model, proposal: Rewrite | Miss, op: str, opset: int) -> bool:
+        """Apply a proposal that passes the check; keep any other for the report, as one of `op`."""
+        if isinstance(proposal, Rewrite):
+            refusal = _refused(proposal, opset) or (
+                self.check(proposal, opset) if self.check else None
+            )
+            if refusal is None:
+                self.budget[0] -= 1
+                apply(model, proposal, opset)
+                return True
+            proposal = Miss(proposal.nodes, refusal)
+        _remember(proposal, op)
         return False
 
 

@@ -58,7 +58,7 @@ class Operand:
         assert self.exponent is not None
         if self.layout == "vector":
             return np.ldexp(rng.normal(1.0, 0.5, self.shape), self.exponent)
-        if self.layout in ("heads", "sequence"):
+        if self.layout in ("heads", "sequence", "panels"):
             return rng.normal(size=self.shape)
         if self.layout == "scores":  # a mask, one row of it without any weight
             mask = np.where(rng.random(self.shape) < 0.3, -np.inf, rng.normal(size=self.shape))
@@ -100,8 +100,8 @@ class Claim:
         """What `rewrite` claims, its values named by number in the order they are met.
 
         A vector the source reads as it is, such as a norm's scale, stands for any of its shape
-        and magnitude. Where a rule made an operand up from the source's constants, the numbers of
-        all of them count.
+        and magnitude, a packed weight it reads for any of its shape. Where a rule made an operand
+        up from the source's constants, the numbers of all of them count.
         """
         names: dict[ir.Value, str] = {}
 
@@ -121,19 +121,19 @@ class Claim:
             proto.input.extend(name_of(value) for value in node.inputs)
             proto.output.extend(name_of(value) for value in node.outputs)
             for value in node.inputs:
-                known = facts.constant(value)
                 if value in given:
                     read.add(value)
                 elif value is not None and value in rewrite.computed:
                     constants[name_of(value)] = np.array(rewrite.computed[value], np.int64)
-                elif known is not None:
-                    constants[name_of(value)] = known
+                elif facts.is_constant(value):
+                    constants[name_of(value)] = value.const_value.numpy()  # type: ignore[union-attr]
         graph.output.extend(onnx.ValueInfoProto(name=name_of(value)) for value in wanted)
         made_up = not read.issuperset(given)
         operands = []
         for slot, value in zip(rewrite.spec.inputs, rewrite.inputs, strict=True):
             name, layout = given[value], slot.layout
-            known = None if layout in ("row", "packed") else facts.constant(value)
+            drawn = layout in ("row", "packed") or (layout == "panels" and not made_up)
+            known = None if drawn else facts.constant(value)
             if known is None:
                 shape = rewrite.shapes.get(value) or _shape(value, layout, rewrite.merged)
                 exponent = 0
@@ -164,6 +164,9 @@ class Claim:
 
 
 def _shape(value: ir.Value, layout: Layout, merged: tuple[int, ...]) -> tuple[int, ...]:
+    if layout == "panels":
+        assert value.shape is not None
+        return tuple(int(size) for size in value.shape)  # type: ignore[arg-type]
     # An elementwise op may not know its width; any will do.
     tail = merged or (facts.last_dim(value) or ANY_WIDTH,)
     leading = 0 if layout == "vector" else (facts.rank(value) or 3) - len(tail)

@@ -25,6 +25,7 @@ from fusenorm.passes.canonicalize import Canonicalize, Cleanup, NameDomains
 from fusenorm.passes.concat_linear import ConcatLinearMaps
 from fusenorm.passes.expose_residual import ExposeResidual
 from fusenorm.passes.fold_batch_norm import FoldBatchNorm
+from fusenorm.passes.fold_norm import FoldNorm
 from fusenorm.passes.fuse_activation import FuseActivation
 from fusenorm.passes.fuse_attention import FuseAttentions
 from fusenorm.passes.fuse_glu import FuseGatedUnit
@@ -55,6 +56,8 @@ class Options:
         rules: rules of your own, tried before the GLU rule; plugins add theirs by themselves.
         fold_batch_norm: the types of weights a BatchNormalization may be folded into. In 16 bits
             they are rounded once more; () folds none.
+        fold_norm: the types of packed weights compile may fold a norm's scale and bias into; as
+            above.
         concat_linear: compile makes one op of linear maps of one input (queries, keys, values).
     """
 
@@ -62,6 +65,7 @@ class Options:
     limit: int | None = None
     rules: tuple[Rule, ...] = ()
     fold_batch_norm: tuple[DType, ...] = ("f32", "f64")
+    fold_norm: tuple[DType, ...] = ("f32",)
     concat_linear: bool = True
 
 
@@ -133,6 +137,7 @@ def lowering_passes(options: Options, check: Check) -> list[ir.passes.PassBase]:
     return [
         FuseAttentions(check),
         FuseLinearMaps(check),
+        FoldNorm(options.fold_norm),
         *([ConcatLinearMaps(check)] if options.concat_linear else []),
         Cleanup(),
     ]

@@ -14,6 +14,8 @@ from fusenorm.ops import REGIONS, Gated, Norm, parse
 from fusenorm.ops.spec import DOMAIN
 from fusenorm.passes.fold_batch_norm import FOLDED_KEY
 from fusenorm.passes.fold_batch_norm import OP as BATCH_NORM
+from fusenorm.passes.fold_norm import INTO_KEY
+from fusenorm.passes.fold_norm import OP as NORM_FOLD
 from fusenorm.passes.fuse_residual import FuseResidual
 from fusenorm.passes.pattern import Miss, node_name
 from fusenorm.passes.rewrite import MISS_KEY, RULE_KEY, SOURCE_KEY
@@ -150,7 +152,10 @@ def collect_sites(model: ir.Model) -> list[Site]:
 
 
 def collect_regions(model: ir.Model) -> list[Site]:
-    """Contractions of a compiled model: fused with what surrounds them, or why not."""
+    """Contractions of a compiled model: fused with what surrounds them, or why not.
+
+    Besides, the norms whose scale and bias went into the maps behind them, or why not.
+    """
     sites = []
     for graph in model.graphs():
         for node in graph:
@@ -164,6 +169,13 @@ def collect_regions(model: ir.Model) -> list[Site]:
                 if op not in CONTRACTIONS.values():
                     op = CONTRACTIONS[node.op_type]
                 sites.append(_left(node, op, "refused"))
+            elif INTO_KEY in node.metadata_props:
+                maps = node.metadata_props[INTO_KEY].split("\n")
+                site = _fused(node)
+                attributes = {**site.attributes, "maps": maps}
+                sites.append(dataclasses.replace(site, op=NORM_FOLD, attributes=attributes))
+            elif node.meta.get(MISS_KEY, ("",))[0] == NORM_FOLD:
+                sites.append(_left(node, NORM_FOLD, "refused"))
     return sites
 
 

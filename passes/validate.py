@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
-from collections.abc import Container, Hashable, Mapping, Sequence
+from collections.abc import Container, Hashable, Iterable, Mapping, Sequence
 from typing import Self
 
 import numpy as np
@@ -229,7 +229,7 @@ def find_flaw(claim: Claim, seed: int = 0) -> str | None:
         except EvaluationError as error:
             return f"cannot be evaluated: {error}"
         kept = [out for out, wanted in zip(fused, claim.outputs, strict=True) if wanted]
-        difference = _difference(source, kept, dtype, kind)
+        difference = find_difference(source, kept, dtype, kind)
         if difference:
             return difference
     return None
@@ -264,17 +264,32 @@ def _source_nodes(wanted: Sequence[ir.Value], stop: Container[ir.Value]) -> list
 
 
 def _run_source(claim: Claim, feeds: Mapping[str, np.ndarray], kind: DType) -> list[np.ndarray]:
-    """Evaluate source nodes with every float type replaced by `kind` (f64) or as written."""
     graph = onnx.GraphProto.FromString(claim.source)
-    constants = dict(claim.constants)
+    outputs = [value.name for value in graph.output]
+    return run_nodes(graph.node, {**claim.constants, **feeds}, outputs, kind, claim.opset)
+
+
+def run_nodes(
+    nodes: Iterable[onnx.NodeProto],
+    arrays: Mapping[str, np.ndarray],
+    outputs: Sequence[str],
+    kind: DType,
+    opset: int,
+) -> list[np.ndarray]:
+    """Evaluate nodes on arrays: if `kind` is f64 with every float of that type, else as written.
+
+    Raises:
+        EvaluationError: a node cannot run.
+    """
+    nodes = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
     functions = {}
     if kind == "f64":
         floats = {info.numpy for info in DTYPES.values()}
-        constants = {
+        arrays = {
             name: array.astype(np.float64) if array.dtype in floats else array
-            for name, array in constants.items()
+            for name, array in arrays.items()
         }
-    for node in graph.node:
+    for node in nodes:
         if kind == "f64":
             _retype_cast(node)
         if node.domain == DOMAIN:
@@ -282,9 +297,8 @@ def _run_source(claim: Claim, feeds: Mapping[str, np.ndarray], kind: DType) -> l
             assert spec is not None
             spec = spec.with_dtype("f64") if kind == "f64" else spec
             node.op_type = spec.op_type
-            functions[spec.op_type] = spec.function(claim.opset)
-    outputs = [value.name for value in graph.output]
-    return evaluate(graph.node, {**constants, **feeds}, outputs, functions.values(), claim.opset)
+            functions[spec.op_type] = spec.function(opset)
+    return evaluate(nodes, arrays, outputs, functions.values(), opset)
 
 
 def _retype_cast(proto: onnx.NodeProto) -> None:
@@ -316,7 +330,7 @@ def _run_fused(claim: Claim, feeds: Mapping[str, np.ndarray], kind: DType) -> li
     return [out.reshape(*out.shape[:-1], *merged) if merged else out for out in outputs]
 
 
-def _difference(
+def find_difference(
     source: Sequence[np.ndarray], fused: Sequence[np.ndarray], dtype: DType, kind: DType
 ) -> str | None:
     """What separates the two sides, None if they agree."""

@@ -47,12 +47,9 @@ class ConcatLinearMaps(RewritePass):
         opset = model.opset_imports.get("", 0)
         modified = False
         for graph in list(model.graphs()):
-            changed = [
-                self.settle(model, proposal, OP, opset) for proposal in list(_proposals(graph))
-            ]
-            if any(changed):
-                graph.sort()
-                modified = True
+            # The op stands where the first of its maps stood: the order stays one to run in.
+            for proposal in list(_proposals(graph)):
+                modified |= self.settle(model, proposal, OP, opset)
         return ir.passes.PassResult(model, modified)
 
 

@@ -10,11 +10,10 @@ import onnx
 import onnx_ir as ir
 
 from fusenorm.ops.linear import Linear
-from fusenorm.ops.norm import Norm
 from fusenorm.ops.spec import DOMAIN, DType
 from fusenorm.passes import facts
 from fusenorm.passes.evaluate import EvaluationError
-from fusenorm.passes.fuse_norm import read_norm
+from fusenorm.passes.fuse_norm import NormCall, read_call
 from fusenorm.passes.pattern import Miss, Refusal, node_name
 from fusenorm.passes.rewrite import MISS_KEY, RULE_KEY, Rewrite, apply
 from fusenorm.passes.validate import LEADING, find_difference, hard_rows, run_nodes
@@ -31,21 +30,17 @@ class _Norm:
 
     Attributes:
         node: it.
-        spec: what it computes.
-        inputs: one value for each of spec.inputs.
-        attributes: one number for each of spec.attributes.
+        call: what it computes.
         maps: the packed linear maps that read its result.
     """
 
     node: ir.Node
-    spec: Norm
-    inputs: tuple[ir.Value, ...]
-    attributes: dict[str, float]
+    call: NormCall
     maps: tuple[ir.Node, ...]
 
     def vector(self, name: str) -> np.ndarray | None:
         """Scale or bias in f64, None without one that matters."""
-        for slot, value in zip(self.spec.inputs, self.inputs, strict=True):
+        for slot, value in zip(self.call.spec.inputs, self.call.inputs, strict=True):
             if slot.name == name:
                 assert value.const_value is not None
                 array = value.const_value.numpy().astype(np.float64).reshape(-1)
@@ -72,7 +67,7 @@ class FoldNorm(ir.passes.InPlacePass):
     ## Refuses
     `reader`: something but a packed map reads the result, a tied weight's map for one. `output`:
     it is an output of the graph. `not_constant`: γ or β is computed at run time. `types`: weights
-    of a type that is not to change. `check_failed`, and what read_norm refuses.
+    of a type that is not to change. `check_failed`, and what read_call refuses.
 
     ## References
     arXiv 2407.09577 (FlashNorm).
@@ -108,16 +103,10 @@ def _read(node: ir.Node, types: frozenset[DType]) -> _Norm | Refusal | None:
     y = node.outputs[0] if node.outputs else None
     if y is None or not any(map(_is_linear, _readers(y))):
         return None
-    spec = Norm.parse(node.op_type) if node.domain == DOMAIN else None
-    inputs: tuple[ir.Value | None, ...] = tuple(node.inputs)
-    if spec is None:
-        found = read_norm(node)
-        if found is None or isinstance(found, Refusal):
-            return found
-        spec, inputs = found.spec, (node.inputs[0], *found.vectors)
-        attributes = {"epsilon": found.epsilon}
-    else:
-        attributes = {name: node.attributes[name].as_float() for name in spec.attributes}
+    call = read_call(node)
+    if not isinstance(call, NormCall):
+        return call
+    spec = call.spec
     if spec.scale is None and spec.bias is None:
         return None
     name = node_name(node)
@@ -132,12 +121,11 @@ def _read(node: ir.Node, types: frozenset[DType]) -> _Norm | Refusal | None:
             return Refusal("reader", name, detail)
         if reader.graph is not node.graph:
             return Refusal("reader", name, f"{node_name(reader)} is in another graph")
-    given = [value for value in inputs if value is not None]
-    for slot, value in zip(spec.inputs, given, strict=True):
+    for slot, value in zip(spec.inputs, call.inputs, strict=True):
         if slot.layout == "vector" and not facts.is_constant(value):
             return Refusal("not_constant", name, f"{value.name} is computed at run time")
     maps = (reader for reader in node.graph or () if reader in readers)
-    return _Norm(node, spec, tuple(given), attributes, tuple(maps))
+    return _Norm(node, call, tuple(maps))
 
 
 def _readers(y: ir.Value) -> Iterator[ir.Node]:
@@ -165,7 +153,8 @@ def _is_packed(node: ir.Node) -> bool:
 
 def _fold(model: ir.Model, norm: _Norm, opset: int) -> Refusal | None:
     """Put the norm without scale and bias in its place, and the maps that have them in theirs."""
-    plain = dataclasses.replace(norm.spec, scale=None, bias=None, affine="f32")
+    call = norm.call
+    plain = dataclasses.replace(call.spec, scale=None, bias=None, affine="f32")
     kept = {slot.name for slot in plain.inputs}
     rewrites = [
         Rewrite(
@@ -173,10 +162,10 @@ def _fold(model: ir.Model, norm: _Norm, opset: int) -> Refusal | None:
             spec=plain,
             inputs=tuple(
                 value
-                for slot, value in zip(norm.spec.inputs, norm.inputs, strict=True)
+                for slot, value in zip(call.spec.inputs, call.inputs, strict=True)
                 if slot.name in kept
             ),
-            attributes=norm.attributes,
+            attributes=call.attributes,
             outputs=tuple(norm.node.outputs[: len(plain.outputs)]),
             nodes=(norm.node,),
         ),

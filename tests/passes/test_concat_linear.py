@@ -144,6 +144,15 @@ def test_maps_in_two_graphs_stay_apart() -> None:
     assert kinds == ["Linear", "Linear"]
 
 
+def test_an_op_of_another_domain_is_no_map() -> None:
+    work = ir.from_proto(onnx.parser.parse_model(
+        '<ir_version: 8, opset_import: ["" : 18, "other" : 1]>'
+        "graph (float[s,8] x, float[2,8,32] w) => (float[s,64] y, float[s,64] z) {"
+        "y = other.Linear (x, w)\n z = other.Linear (x, w) }"
+    ))  # fmt: skip
+    assert not ConcatLinearMaps()(work).modified
+
+
 def test_the_option_leaves_every_map_alone() -> None:
     off = Options(concat_linear=False)
     assert lowered(maps("w", "v"), options=off)[1:] == (["Linear", "Linear"], [])

@@ -22,6 +22,7 @@ from fusenorm.errors import BadInput
 from fusenorm.model_io import check_operators, check_versions, load_model, save_model, sort_graphs
 from fusenorm.ops import DOMAIN, DType, OpSpec, parse
 from fusenorm.passes.canonicalize import Canonicalize, Cleanup, NameDomains
+from fusenorm.passes.centre_residual import CentreResidual
 from fusenorm.passes.concat_linear import ConcatLinearMaps
 from fusenorm.passes.expose_residual import ExposeResidual
 from fusenorm.passes.fold_batch_norm import FoldBatchNorm
@@ -56,6 +57,8 @@ class Options:
         rules: rules of your own, tried before the GLU rule; plugins add theirs by themselves.
         fold_batch_norm: the types of weights a BatchNormalization may be folded into. In 16 bits
             they are rounded once more; () folds none.
+        centre_residual: compile makes LayerNorms RMSNorms by keeping the residual stream at mean
+            zero. Off by default: tensors inside the model get other values, and it saves little.
         fold_norm: the types of packed weights compile may fold a norm's scale and bias into; as
             above.
         concat_linear: compile makes one op of linear maps of one input (queries, keys, values).
@@ -65,6 +68,7 @@ class Options:
     limit: int | None = None
     rules: tuple[Rule, ...] = ()
     fold_batch_norm: tuple[DType, ...] = ("f32", "f64")
+    centre_residual: bool = False
     fold_norm: tuple[DType, ...] = ("f32",)
     concat_linear: bool = True
 
@@ -137,6 +141,7 @@ def lowering_passes(options: Options, check: Check) -> list[ir.passes.PassBase]:
     return [
         FuseAttentions(check),
         FuseLinearMaps(check),
+        *([CentreResidual()] if options.centre_residual else []),
         FoldNorm(options.fold_norm),
         *([ConcatLinearMaps(check)] if options.concat_linear else []),
         Cleanup(),

@@ -12,6 +12,8 @@ import onnx_ir as ir
 
 from fusenorm.ops import REGIONS, Gated, Norm, parse
 from fusenorm.ops.spec import DOMAIN
+from fusenorm.passes.centre_residual import RULE as CENTRE_RESIDUAL
+from fusenorm.passes.centre_residual import STREAMS_KEY, Outcome
 from fusenorm.passes.fold_batch_norm import FOLDED_KEY
 from fusenorm.passes.fold_batch_norm import OP as BATCH_NORM
 from fusenorm.passes.fold_norm import INTO_KEY
@@ -41,6 +43,7 @@ ANCHORS = {
 }
 
 
+CENTRED_STREAM = "CentredStream"
 CONTRACTIONS = {"MatMul": "Linear", "Gemm": "Linear", "Attention": "Attention"}
 
 
@@ -154,9 +157,10 @@ def collect_sites(model: ir.Model) -> list[Site]:
 def collect_regions(model: ir.Model) -> list[Site]:
     """Contractions of a compiled model: fused with what surrounds them, or why not.
 
-    Besides, the norms whose scale and bias went into the maps behind them, or why not.
+    Besides, the residual streams that were centred and the norms whose scale and bias went into
+    the maps behind them, or why not.
     """
-    sites = []
+    sites = [_centred(stream) for stream in model.meta.get(STREAMS_KEY, ())]
     for graph in model.graphs():
         for node in graph:
             if node.domain == DOMAIN and isinstance(parse(node.op_type), REGIONS):
@@ -248,6 +252,21 @@ def _outside(norm: ir.Node, op: str, miss: Miss) -> Site:
     output = total.outputs[0].name or ""
     family = f"Skip{spec.family}" if op == FuseResidual.op else op
     return Site(family, "refused", refusal.code, detail, names, output, kind)
+
+
+def _centred(stream: Outcome) -> Site:
+    refusal = stream.refusal
+    attributes = {
+        "kind": "LayerNorm" if refusal else "RMSNorm",
+        "rule": CENTRE_RESIDUAL,
+        "writers": list(stream.writers),
+    }
+    if refusal is None:
+        return Site(CENTRED_STREAM, "fused", None, None, stream.norms, stream.output, attributes)
+    detail = f"{refusal.node}: {refusal.detail}"
+    return Site(
+        CENTRED_STREAM, "refused", refusal.code, detail, stream.norms, stream.output, attributes
+    )
 
 
 def _left(node: ir.Node, op: str, status: Status) -> Site:

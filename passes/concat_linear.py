@@ -57,9 +57,10 @@ def _proposals(graph: ir.Graph) -> Iterator[Rewrite | Miss]:
     """What becomes of the Linear ops of a graph that share their x with others."""
     readers: dict[ir.Value, dict[Linear, list[ir.Node]]] = collections.defaultdict(dict)
     for node in graph:
-        spec = Linear.parse(node.op_type) if node.domain == DOMAIN else None
-        x = node.inputs[0] if spec is not None else None
-        if spec is not None and x is not None:
+        spec = Linear.parse(node.op_type)
+        if spec is not None and node.domain == DOMAIN:
+            x = node.inputs[0]
+            assert x is not None
             readers[x].setdefault(spec, []).append(node)
     for x, alike in readers.items():
         count = sum(map(len, alike.values()))

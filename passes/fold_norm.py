@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Iterable, Iterator
 
 import numpy as np
-import onnx
 import onnx_ir as ir
 
 from fusenorm.ops.linear import Linear
@@ -16,7 +15,14 @@ from fusenorm.passes.evaluate import EvaluationError
 from fusenorm.passes.fuse_norm import NormCall, read_call
 from fusenorm.passes.pattern import Miss, Refusal, node_name
 from fusenorm.passes.rewrite import MISS_KEY, RULE_KEY, Rewrite, apply
-from fusenorm.passes.validate import LEADING, find_difference, hard_rows, run_nodes
+from fusenorm.passes.validate import (
+    LEADING,
+    find_difference,
+    fused_proto,
+    hard_rows,
+    run_nodes,
+    source_proto,
+)
 
 OP = "NormFold"
 RULE = "fold_norm"
@@ -43,7 +49,7 @@ class _Norm:
         for slot, value in zip(self.call.spec.inputs, self.call.inputs, strict=True):
             if slot.name == name:
                 assert value.const_value is not None
-                array = value.const_value.numpy().astype(np.float64).reshape(-1)
+                array = value.const_value.numpy().astype(np.float64).ravel()
                 return None if name == "bias" and not array.any() else array
         return None
 
@@ -132,7 +138,7 @@ def _readers(y: ir.Value) -> Iterator[ir.Node]:
     """What reads the numbers of y: not its shape, and behind a Reshape that keeps its rows."""
     for use in y.uses():
         node, moved = use.node, use.node.outputs[0]
-        if node.domain == "" and node.op_type in ("Shape", "Size"):
+        if facts.reads_shape(node):
             continue
         size = facts.last_dim(moved)
         reshape = facts.made_by(moved, "Reshape")
@@ -204,7 +210,7 @@ def _with_affine(node: ir.Node, scale: np.ndarray | None, bias: np.ndarray | Non
         parts = (sums[0::2], sums[1::2]) if spec.gated else (sums,)
         known = [facts.constant(value) for value in biases] or [np.zeros(())] * len(parts)
         biases = [
-            _vector(f"{node.outputs[0].name}_shift_{part}", before + added.reshape(-1), stored)
+            _vector(f"{node.outputs[0].name}_shift_{part}", before + added.ravel(), stored)
             for part, (before, added) in enumerate(zip(known, parts, strict=True))
         ]
     return Rewrite(
@@ -257,17 +263,10 @@ def _flaw(norm: Rewrite, linear: Rewrite, opset: int) -> str | None:
     sources, folded = [], []
     for rewrite in (norm, linear):
         (node,) = rewrite.nodes
-        source = ir.serde.serialize_node(node)
-        for field in ("input", "output"):
-            source.ClearField(field)
-        source.input.extend(name_of(value) for value in node.inputs)
-        source.output.extend(name_of(value) for value in node.outputs)
-        sources.append(source)
+        outputs = [name_of(value) for value in node.outputs]
+        sources.append(source_proto(node, [name_of(value) for value in node.inputs], outputs))
         given = [name_of(value) for value in rewrite.inputs]
-        made = onnx.helper.make_node(rewrite.spec.op_type, given, source.output, domain=DOMAIN)
-        for key, number in rewrite.attributes.items():
-            made.attribute.append(onnx.helper.make_attribute(key, float(number)))
-        folded.append(made)
+        folded.append(fused_proto(rewrite.spec, rewrite.attributes, given, outputs))
     wanted = [name_of(value) for value in (*linear.outputs, *norm.outputs[1:])]
     try:
         before, after = (

@@ -234,7 +234,7 @@ def apply(model: ir.Model, rewrite: Rewrite, opset: int) -> ir.Node:
             facts.copy_facts(old, value)
         outputs.append(value)
     inputs = [
-        _registered(_merge(rewrite, slot, value), graph)
+        registered(_merge(rewrite, slot, value), graph)
         for slot, value in zip(spec.inputs, rewrite.inputs, strict=True)
     ]
     fused = ir.node(
@@ -303,14 +303,14 @@ def _reshape(
     assert root.graph is not None
     # 0 keeps a dimension whatever its size, none included.
     target = np.array([*[0] * len(lead), *sizes], np.int64)
-    shape = _registered(ir.val(f"{name}_shape", const_value=ir.tensor(target)), root.graph)
+    shape = registered(ir.val(f"{name}_shape", const_value=ir.tensor(target)), root.graph)
     result = ir.val(name, type=value.type, shape=ir.Shape([*lead, *sizes]))
     node = ir.node("Reshape", [value, shape], outputs=[result], name=f"{name}_reshape")
     root.graph.insert_before(root, node)
     return result
 
 
-def _registered(value: ir.Value, graph: ir.Graph) -> ir.Value:
+def registered(value: ir.Value, graph: ir.Graph) -> ir.Value:
     """`value`, made an initializer of `graph` if it is a constant a rule made up."""
     if value.const_value is None or value.graph is not None or value.producer() is not None:
         return value

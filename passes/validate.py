@@ -114,12 +114,9 @@ class Claim:
         read = set()
         wanted = [value for value in rewrite.outputs if value is not None]
         for node in _source_nodes(wanted, {*given, *rewrite.computed}):
-            proto = graph.node.add()
-            ir.serde.serialize_node_into(proto, node)
-            for field in ("name", "doc_string", "metadata_props", "input", "output"):
-                proto.ClearField(field)
-            proto.input.extend(name_of(value) for value in node.inputs)
-            proto.output.extend(name_of(value) for value in node.outputs)
+            names_of = [name_of(value) for value in (*node.inputs, *node.outputs)]
+            count = len(node.inputs)
+            graph.node.append(source_proto(node, names_of[:count], names_of[count:]))
             for value in node.inputs:
                 if value in given:
                     read.add(value)
@@ -301,6 +298,26 @@ def run_nodes(
     return evaluate(nodes, arrays, outputs, functions.values(), opset)
 
 
+def source_proto(node: ir.Node, inputs: Sequence[str], outputs: Sequence[str]) -> onnx.NodeProto:
+    """A node as it is, but for the names of what it reads and makes."""
+    proto = ir.serde.serialize_node(node)
+    for field in ("name", "doc_string", "metadata_props", "input", "output"):
+        proto.ClearField(field)
+    proto.input.extend(inputs)
+    proto.output.extend(outputs)
+    return proto
+
+
+def fused_proto(
+    spec: OpSpec, attributes: Mapping[str, float], inputs: Sequence[str], outputs: Sequence[str]
+) -> onnx.NodeProto:
+    """A node of a fused op."""
+    proto = onnx.helper.make_node(spec.op_type, inputs, outputs, domain=DOMAIN)
+    for name, number in attributes.items():
+        proto.attribute.append(onnx.helper.make_attribute(name, float(number)))
+    return proto
+
+
 def _retype_cast(proto: onnx.NodeProto) -> None:
     if proto.op_type == "Cast" and proto.domain == "":
         for attribute in proto.attribute:
@@ -318,14 +335,8 @@ def _run_fused(claim: Claim, feeds: Mapping[str, np.ndarray], kind: DType) -> li
             lead = array.shape[: -len(merged)] if slot.layout == "row" else ()
             array = array.reshape(*lead, math.prod(merged))
         arrays[slot.name] = array
-    node = onnx.helper.make_node(
-        spec.op_type,
-        [slot.name for slot in spec.inputs],
-        [slot.name for slot in spec.outputs],
-        domain=DOMAIN,
-    )
-    for name, number in claim.attributes.items():
-        node.attribute.append(onnx.helper.make_attribute(name, number))
+    names = [slot.name for slot in spec.inputs], [slot.name for slot in spec.outputs]
+    node = fused_proto(spec, claim.attributes, *names)
     outputs = evaluate([node], arrays, list(node.output), [spec.function(claim.opset)], claim.opset)
     return [out.reshape(*out.shape[:-1], *merged) if merged else out for out in outputs]
 

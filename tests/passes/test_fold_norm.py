@@ -198,6 +198,7 @@ REFUSED = {
          "y = Add (h, r)", X, Y),
         (LN + "m = Reshape (n, rank3)\nh = MatMul (n, w)\nr = ReduceMax <keepdims: int = 0> (m)\n"
          "y = Add (h, r)", X, Y),
+        (LN + "m = Reshape (n, rank2)\ny = Gemm (m, odd)", X, "float[t,40] y"),
         (LN + "m = Reshape (n, rank2)\ny = Gemm (m, w)", X, "float[t,64] y, float[t,8] m"),
         (LN + "h = MatMul (n, w)\ny = If (flag) <\n"
          "then_branch = g1 () => (float[b,s,64] t) { k = MatMul (n, v)\n t = Add (h, k) },\n"

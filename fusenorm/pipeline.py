@@ -22,8 +22,11 @@ from fusenorm.errors import BadInput
 from fusenorm.model_io import check_operators, check_versions, load_model, save_model, sort_graphs
 from fusenorm.ops import DOMAIN, DType, OpSpec, parse
 from fusenorm.passes.canonicalize import Canonicalize, Cleanup, NameDomains
+from fusenorm.passes.centre_residual import CentreResidual
+from fusenorm.passes.concat_linear import ConcatLinearMaps
 from fusenorm.passes.expose_residual import ExposeResidual
 from fusenorm.passes.fold_batch_norm import FoldBatchNorm
+from fusenorm.passes.fold_norm import FoldNorm
 from fusenorm.passes.fuse_activation import FuseActivation
 from fusenorm.passes.fuse_attention import FuseAttentions
 from fusenorm.passes.fuse_glu import FuseGatedUnit
@@ -46,7 +49,7 @@ Progress = Callable[[str, int, int], None]
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What optimize may do.
+    """What optimize and compile may do.
 
     Attributes:
         validate: check every rewrite numerically when it is made.
@@ -54,12 +57,20 @@ class Options:
         rules: rules of your own, tried before the GLU rule; plugins add theirs by themselves.
         fold_batch_norm: the types of weights a BatchNormalization may be folded into. In 16 bits
             they are rounded once more; () folds none.
+        centre_residual: compile makes LayerNorms RMSNorms by keeping the residual stream at mean
+            zero. Off by default: tensors inside the model get other values, and it saves little.
+        fold_norm: the types of packed weights compile may fold a norm's scale and bias into; as
+            above.
+        concat_linear: compile makes one op of linear maps of one input (queries, keys, values).
     """
 
     validate: bool = True
     limit: int | None = None
     rules: tuple[Rule, ...] = ()
     fold_batch_norm: tuple[DType, ...] = ("f32", "f64")
+    centre_residual: bool = False
+    fold_norm: tuple[DType, ...] = ("f32",)
+    concat_linear: bool = True
 
 
 DEFAULTS = Options()
@@ -125,9 +136,16 @@ def passes(options: Options) -> list[ir.passes.PassBase]:
     ]
 
 
-def lowering_passes(check: Check) -> list[ir.passes.PassBase]:
+def lowering_passes(options: Options, check: Check) -> list[ir.passes.PassBase]:
     """What compile does to the graph around the fused ops, in order: regions with contractions."""
-    return [FuseAttentions(check), FuseLinearMaps(check), Cleanup()]
+    return [
+        FuseAttentions(check),
+        FuseLinearMaps(check),
+        *([CentreResidual()] if options.centre_residual else []),
+        FoldNorm(options.fold_norm),
+        *([ConcatLinearMaps(check)] if options.concat_linear else []),
+        Cleanup(),
+    ]
 
 
 @contextlib.contextmanager
@@ -278,6 +296,7 @@ def compile(
     inputs: str | os.PathLike[str] | Mapping[str, np.ndarray] | None = None,
     dims: Mapping[str, int] | None = None,
     tune: bool = True,
+    options: Options = DEFAULTS,
     progress: Progress | None = None,
 ) -> Artifact:
     """Lower the fused ops of a model to a kernel library per target and pack them with it.
@@ -292,6 +311,7 @@ def compile(
         dims: sizes of symbolic axes for random inputs.
         tune: leave regions to onnxruntime that are measured to run slower here; False takes all,
             so that equal models give equal artifacts on every machine.
+        options: see Options.
         progress: called with (step, steps done, steps in all).
 
     Returns:
@@ -300,7 +320,9 @@ def compile(
     Raises:
         BadInput: the target is unknown, no compiler is to be had, or the model cannot run.
     """
-    result = model if isinstance(model, Result) else optimize(model, progress=progress)
+    result = (
+        model if isinstance(model, Result) else optimize(model, options=options, progress=progress)
+    )
     from fusenorm.artifact import Artifact, Library, Source
     from fusenorm.compare import CannotRun, golden
     from fusenorm.lower import Target
@@ -310,15 +332,21 @@ def compile(
     targets = Target.parse_all(asked)
     only_cpu = all(one.kind == "cpu" for one in targets)
     with tempfile.TemporaryDirectory() as scratch:
-        model, regions = lower_regions(result.model) if only_cpu else (result.model, [])
+        paying = Paying(Validator(), {})
+        model, regions = (
+            lower_regions(result.model, paying, options) if only_cpu else (result.model, [])
+        )
         built: dict[Target, LibraryInfo | None] = {}
         best = next((one for one in targets if only_cpu and one.runs_here), None)
-        if tune and best is not None:
+        while tune and best is not None:
             library = built[best] = _build(model, best, Path(scratch, f"{best}.so"))
             slow = slower(model, library.path, best.level) if library else {}
-            if slow:
-                model, regions = lower_regions(result.model, Paying(Validator(), slow))
-                built.clear()
+            if not slow:
+                break
+            # What is left out may leave regions that were not measured.
+            paying = dataclasses.replace(paying, slow={**paying.slow, **slow})
+            model, regions = lower_regions(result.model, paying, options)
+            built.clear()
         for one in targets:
             if one not in built:
                 built[one] = _build(model, one, Path(scratch, f"{one}.so"))
@@ -364,11 +392,13 @@ def _build(model: ir.Model, target: Target, path: Path) -> LibraryInfo | None:
     return build_library(columns, target, path, columns=columns) if columns else None
 
 
-def lower_regions(model: ir.Model, check: Check | None = None) -> tuple[ir.Model, list[Site]]:
+def lower_regions(
+    model: ir.Model, check: Check | None = None, options: Options = DEFAULTS
+) -> tuple[ir.Model, list[Site]]:
     """A copy of `model` with its regions made, each proved by `check`, and what became of each."""
     work = model.clone()
     outputs = [value.name for value in work.graph.outputs]
-    for step in lowering_passes(check or Validator()):
+    for step in lowering_passes(options, check or Validator()):
         step(work)
         verify_graph(work, str(getattr(step, "name", type(step).__name__)), outputs)
     return work, collect_regions(work)

@@ -12,8 +12,12 @@ import onnx_ir as ir
 
 from fusenorm.ops import REGIONS, Gated, Norm, parse
 from fusenorm.ops.spec import DOMAIN
+from fusenorm.passes.centre_residual import RULE as CENTRE_RESIDUAL
+from fusenorm.passes.centre_residual import STREAMS_KEY, Outcome
 from fusenorm.passes.fold_batch_norm import FOLDED_KEY
 from fusenorm.passes.fold_batch_norm import OP as BATCH_NORM
+from fusenorm.passes.fold_norm import INTO_KEY
+from fusenorm.passes.fold_norm import OP as NORM_FOLD
 from fusenorm.passes.fuse_residual import FuseResidual
 from fusenorm.passes.pattern import Miss, node_name
 from fusenorm.passes.rewrite import MISS_KEY, RULE_KEY, SOURCE_KEY
@@ -40,6 +44,7 @@ ANCHORS = {
 }
 
 
+CENTRED_STREAM = "CentredStream"
 CONTRACTIONS = {"MatMul": "Linear", "Gemm": "Linear", "Attention": "Attention"}
 
 
@@ -151,18 +156,31 @@ def collect_sites(model: ir.Model) -> list[Site]:
 
 
 def collect_regions(model: ir.Model) -> list[Site]:
-    """Contractions of a compiled model, rotary positions around them: fused, or why not."""
-    sites = []
+    """Contractions of a compiled model: fused with what surrounds them, or why not.
+
+    Besides, rotary positions that stay around them, the residual streams that were centred and the
+    norms whose scale and bias went into the maps behind them, or why not.
+    """
+    sites = [_centred(stream) for stream in model.meta.get(STREAMS_KEY, ())]
     for graph in model.graphs():
         for node in graph:
             known = node.meta.get(MISS_KEY)
             if node.domain == DOMAIN and isinstance(parse(node.op_type), REGIONS):
                 sites.append(_fused(node))
+                if known and node is known[1].nodes[0]:
+                    sites.append(_left(node, known[0], "refused"))
             elif node.op_type in CONTRACTIONS and node.domain == "" and known:
                 op = known[0] if known[0] in CONTRACTIONS.values() else CONTRACTIONS[node.op_type]
                 sites.append(_left(node, op, "refused"))
             elif known and known[0] == ROTARY and node is known[1].nodes[0]:
                 sites.append(_left(node, ROTARY, "refused"))
+            elif INTO_KEY in node.metadata_props:
+                maps = node.metadata_props[INTO_KEY].split("\n")
+                site = _fused(node)
+                attributes = {**site.attributes, "maps": maps}
+                sites.append(dataclasses.replace(site, op=NORM_FOLD, attributes=attributes))
+            elif known and known[0] == NORM_FOLD:
+                sites.append(_left(node, NORM_FOLD, "refused"))
     return sites
 
 
@@ -235,6 +253,21 @@ def _outside(norm: ir.Node, op: str, miss: Miss) -> Site:
     output = total.outputs[0].name or ""
     family = f"Skip{spec.family}" if op == FuseResidual.op else op
     return Site(family, "refused", refusal.code, detail, names, output, kind)
+
+
+def _centred(stream: Outcome) -> Site:
+    refusal = stream.refusal
+    attributes = {
+        "kind": "LayerNorm" if refusal else "RMSNorm",
+        "rule": CENTRE_RESIDUAL,
+        "writers": list(stream.writers),
+    }
+    if refusal is None:
+        return Site(CENTRED_STREAM, "fused", None, None, stream.norms, stream.output, attributes)
+    detail = f"{refusal.node}: {refusal.detail}"
+    return Site(
+        CENTRED_STREAM, "refused", refusal.code, detail, stream.norms, stream.output, attributes
+    )
 
 
 def _left(node: ir.Node, op: str, status: Status) -> Site:

@@ -38,21 +38,25 @@ class Problem:
 
     Attributes:
         op_type: the op.
-        panels: shape of its packed weight.
+        panels: shapes of its packed weights.
     """
 
     op_type: str
-    panels: tuple[int, ...]
+    panels: tuple[tuple[int, ...], ...]
 
     @classmethod
     def of(cls, op_type: str, inputs: Iterable[ir.Value | None]) -> Self | None:
         """The problem of a node or proposal; None if it is no linear op."""
-        if Linear.parse(op_type) is None:
+        spec = Linear.parse(op_type)
+        if spec is None:
             return None
-        _, weight, *_ = inputs
-        assert weight is not None
-        assert weight.shape is not None
-        return cls(op_type, tuple(int(size) for size in weight.shape))  # type: ignore[arg-type]
+        panels = []
+        for slot, value in zip(spec.inputs, inputs, strict=True):
+            if slot.layout == "panels":
+                assert value is not None
+                assert value.shape is not None
+                panels.append(tuple(int(size) for size in value.shape))  # type: ignore[arg-type]
+        return cls(op_type, tuple(panels))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +118,7 @@ def share(problem: Problem, library: Path) -> float:
     random = np.random.default_rng(0)
     ratios = []
     for rows in ROWS:
-        x = random.standard_normal((rows, problem.panels[1])).astype(DTYPES[spec.dtype].numpy)
+        x = random.standard_normal((rows, problem.panels[0][1])).astype(DTYPES[spec.dtype].numpy)
         sides = {
             OURS: lambda x=x: ours.run(None, {"x": x}),
             "onnxruntime": lambda x=x: plain.run(None, {"x": x}),
@@ -128,31 +132,32 @@ def _model(spec: Linear, problem: Problem) -> onnx.ModelProto:
     """The op side by side with its like, each with random constants of its own."""
     random = np.random.default_rng(0)
     dtype = DTYPES[spec.dtype]
-    columns = problem.panels[0] * PANEL // (2 if spec.gated else 1)
-    shapes = {"panels": problem.panels, "vector": (columns,)}
-    copies = 1 + BYTES // (math.prod(problem.panels) * dtype.numpy.itemsize)
+    weights, shapes = iter(problem.panels), {}
+    for slot in spec.inputs:
+        if slot.layout == "panels":
+            shapes[slot.name] = panels = next(weights)
+        elif slot.layout == "vector":  # behind its weight
+            shapes[slot.name] = (panels[0] * PANEL // (2 if spec.gated else 1),)
+    copies = 1 + BYTES // (sum(map(math.prod, problem.panels)) * dtype.numpy.itemsize)
     info = onnx.helper.make_tensor_value_info
     nodes, held, outputs = [], [], []
     for copy in range(copies):
         names = {
-            slot.name: f"{slot.name}_{copy}" if slot.layout in shapes else slot.name
+            slot.name: f"{slot.name}_of_{copy}" if slot.name in shapes else slot.name
             for slot in spec.inputs
         }
         held += [
             onnx.numpy_helper.from_array(
-                random.standard_normal(shapes[slot.layout], np.float32).astype(dtype.numpy),
-                names[slot.name],
+                random.standard_normal(shape, np.float32).astype(dtype.numpy), names[name]
             )
-            for slot in spec.inputs
-            if slot.layout in shapes
+            for name, shape in shapes.items()
         ]
-        node = onnx.helper.make_node(
-            spec.op_type, list(names.values()), [f"y_{copy}"], domain=DOMAIN
-        )
+        made = [f"{slot.name}_of_{copy}" for slot in spec.outputs]
+        node = onnx.helper.make_node(spec.op_type, list(names.values()), made, domain=DOMAIN)
         node.attribute.extend(onnx.helper.make_attribute(name, 1.0) for name in spec.attributes)
         nodes.append(node)
-        outputs.append(info(f"y_{copy}", int(dtype.onnx), None))
-    x = info("x", int(dtype.onnx), ["rows", problem.panels[1]])
+        outputs += [info(name, int(dtype.onnx), None) for name in made]
+    x = info("x", int(dtype.onnx), ["rows", problem.panels[0][1]])
     graph = onnx.helper.make_graph(nodes, "ops", [x], outputs, held)
     return onnx.helper.make_model(
         graph,
@@ -172,7 +177,7 @@ def _session(content: bytes, library: Path | None) -> ort.InferenceSession:
 
 
 def _flat(problem: Problem) -> tuple[object, ...]:
-    return (problem.op_type, *problem.panels)
+    return (problem.op_type, *(size for panels in problem.panels for size in panels))
 
 
 def _machine() -> str:

@@ -72,6 +72,11 @@ def made_by(value: ir.Value | None, op_type: str) -> ir.Node | None:
     return node if node is not None and (node.domain, node.op_type) == ("", op_type) else None
 
 
+def reads_shape(node: ir.Node) -> bool:
+    """Whether a node takes nothing of its input but the shape."""
+    return node.domain == "" and node.op_type in ("Shape", "Size")
+
+
 def permutation(node: ir.Node | None) -> tuple[int, ...] | None:
     """The order a standard Transpose puts its axes in; None for other nodes, or if unknown."""
     if node is None or (node.domain, node.op_type) != ("", "Transpose"):

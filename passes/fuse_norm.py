@@ -204,6 +204,36 @@ def read_norm(node: ir.Node) -> NormNode | Refusal | None:
     return NormNode(spec, tuple(found), 1e-5 if epsilon is None else epsilon.as_float())
 
 
+@dataclasses.dataclass(frozen=True)
+class NormCall:
+    """A norm in the graph with all it reads, a residual sum's operands included.
+
+    Attributes:
+        spec: what it computes.
+        inputs: one value for each of spec.inputs.
+        attributes: one number for each of spec.attributes.
+    """
+
+    spec: Norm
+    inputs: tuple[ir.Value, ...]
+    attributes: dict[str, float]
+
+
+def read_call(node: ir.Node) -> NormCall | Refusal | None:
+    """As `read_norm`, of a norm behind a residual sum too."""
+    spec = Norm.parse(node.op_type) if node.domain == DOMAIN else None
+    if spec is not None:
+        given = tuple(value for value in node.inputs if value is not None)
+        return NormCall(
+            spec, given, {name: node.attributes[name].as_float() for name in spec.attributes}
+        )
+    found = read_norm(node)
+    if not isinstance(found, NormNode):
+        return found
+    assert node.inputs[0] is not None
+    return NormCall(found.spec, (node.inputs[0], *found.vectors), {"epsilon": found.epsilon})
+
+
 class FuseLayerNorm(_FuseNorm):
     """Decomposed LayerNorm becomes one op.
 

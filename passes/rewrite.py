@@ -172,17 +172,22 @@ class RewritePass(ir.passes.InPlacePass):
             if root_key(node.domain, node.op_type) not in rule.roots or self.budget[0] <= 0:
                 continue
             proposal = rule.propose(node)
-            if isinstance(proposal, Rewrite):
-                refusal = _refused(proposal, opset) or (
-                    self.check(proposal, opset) if self.check else None
-                )
-                if refusal is None:
-                    self.budget[0] -= 1
-                    apply(model, proposal, opset)
-                    return True
-                proposal = Miss(proposal.nodes, refusal)
-            if proposal is not None:
-                remember(proposal, rule.op)
+            if proposal is not None and self.settle(model, proposal, rule.op, opset):
+                return True
+        return False
+
+    def settle(self, model: ir.Model, proposal: Rewrite | Miss, op: str, opset: int) -> bool:
+        """Apply a proposal that passes the check; keep any other for the report, as one of `op`."""
+        if isinstance(proposal, Rewrite):
+            refusal = _refused(proposal, opset) or (
+                self.check(proposal, opset) if self.check else None
+            )
+            if refusal is None:
+                self.budget[0] -= 1
+                apply(model, proposal, opset)
+                return True
+            proposal = Miss(proposal.nodes, refusal)
+        remember(proposal, op)
         return False
 
 
@@ -212,8 +217,8 @@ def remember(miss: Miss, op: str) -> None:
             node.meta[MISS_KEY] = (op, miss)
 
 
-def apply(model: ir.Model, rewrite: Rewrite, opset: int) -> None:
-    """Put the fused node in the place of the nodes it stands for.
+def apply(model: ir.Model, rewrite: Rewrite, opset: int) -> ir.Node:
+    """Put the fused node in the place of the nodes it stands for, and return it.
 
     Source nodes stay as long as something else uses their results.
     """
@@ -230,7 +235,7 @@ def apply(model: ir.Model, rewrite: Rewrite, opset: int) -> None:
             facts.copy_facts(old, value)
         outputs.append(value)
     inputs = [
-        _registered(_merge(rewrite, slot, value), graph)
+        registered(_merge(rewrite, slot, value), graph)
         for slot, value in zip(spec.inputs, rewrite.inputs, strict=True)
     ]
     fused = ir.node(
@@ -253,6 +258,7 @@ def apply(model: ir.Model, rewrite: Rewrite, opset: int) -> None:
             old.name = f"{old.name}_before_{spec.op_type}"
     _remove_dead(rewrite.nodes)
     _declare(model, spec, opset)
+    return fused
 
 
 def _merge(rewrite: Rewrite, slot: Slot, value: ir.Value) -> ir.Value:
@@ -296,14 +302,14 @@ def _reshape(
     assert root.graph is not None
     # 0 keeps a dimension whatever its size, none included.
     target = np.array([*[0] * len(lead), *sizes], np.int64)
-    shape = _registered(ir.val(f"{name}_shape", const_value=ir.tensor(target)), root.graph)
+    shape = registered(ir.val(f"{name}_shape", const_value=ir.tensor(target)), root.graph)
     result = ir.val(name, type=value.type, shape=ir.Shape([*lead, *sizes]))
     node = ir.node("Reshape", [value, shape], outputs=[result], name=f"{name}_reshape")
     root.graph.insert_before(root, node)
     return result
 
 
-def _registered(value: ir.Value, graph: ir.Graph) -> ir.Value:
+def registered(value: ir.Value, graph: ir.Graph) -> ir.Value:
     """`value`, made an initializer of `graph` if it is a constant a rule made up."""
     if value.graph is not None:
         return value

@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import itertools
 import math
-from collections.abc import Container, Hashable, Mapping, Sequence
+from collections.abc import Container, Hashable, Iterable, Mapping, Sequence
 from typing import Self
 
 import numpy as np
@@ -59,7 +59,7 @@ class Operand:
         assert self.exponent is not None
         if self.layout == "vector":
             return np.ldexp(rng.normal(1.0, 0.5, self.shape), self.exponent)
-        if self.layout in ("heads", "sequence", "table", "cache"):
+        if self.layout in ("heads", "sequence", "table", "cache", "panels"):
             return rng.normal(size=self.shape)
         if self.layout == "scores":  # a mask, one row of it without any weight
             mask = np.where(rng.random(self.shape) < 0.3, -np.inf, rng.normal(size=self.shape))
@@ -101,8 +101,8 @@ class Claim:
         """What `rewrite` claims, its values named by number in the order they are met.
 
         A vector the source reads as it is, such as a norm's scale, stands for any of its shape
-        and magnitude. Where a rule made an operand up from the source's constants, the numbers of
-        all of them count.
+        and magnitude, a packed weight it reads for any of its shape. Where a rule made an operand
+        up from the source's constants, the numbers of all of them count.
         """
         names: dict[ir.Value, str] = {}
 
@@ -115,26 +115,23 @@ class Claim:
         read = set()
         wanted = [value for value in rewrite.outputs if value is not None]
         for node in _source_nodes(wanted, {*given, *rewrite.computed}):
-            proto = graph.node.add()
-            ir.serde.serialize_node_into(proto, node)
-            for field in ("name", "doc_string", "metadata_props", "input", "output"):
-                proto.ClearField(field)
-            proto.input.extend(name_of(value) for value in node.inputs)
-            proto.output.extend(name_of(value) for value in node.outputs)
+            names_of = [name_of(value) for value in (*node.inputs, *node.outputs)]
+            count = len(node.inputs)
+            graph.node.append(source_proto(node, names_of[:count], names_of[count:]))
             for value in filter(None, node.inputs):
-                known = facts.constant(value)
                 if value in given:
                     read.add(value)
                 elif value in rewrite.computed:
                     constants[name_of(value)] = np.array(rewrite.computed[value], np.int64)
-                elif known is not None:
-                    constants[name_of(value)] = known
+                elif facts.is_constant(value):
+                    constants[name_of(value)] = value.const_value.numpy()  # type: ignore[union-attr]
         graph.output.extend(onnx.ValueInfoProto(name=name_of(value)) for value in wanted)
         made_up = not read.issuperset(given)
         operands = []
         for slot, value in zip(rewrite.spec.inputs, rewrite.inputs, strict=True):
             name, layout = given[value], slot.layout
-            known = None if layout in ("row", "packed") else facts.constant(value)
+            drawn = layout in ("row", "packed") or (layout == "panels" and not made_up)
+            known = None if drawn else facts.constant(value)
             if known is None:
                 shape = rewrite.shapes.get(value) or _shape(value, layout, rewrite.merged)
                 exponent = 0
@@ -165,6 +162,9 @@ class Claim:
 
 
 def _shape(value: ir.Value, layout: Layout, merged: tuple[int, ...]) -> tuple[int, ...]:
+    if layout == "panels":
+        assert value.shape is not None
+        return tuple(int(size) for size in value.shape)  # type: ignore[arg-type]
     # An elementwise op may not know its width; any will do.
     tail = merged or (facts.last_dim(value) or ANY_WIDTH,)
     leading = 0 if layout == "vector" else (facts.rank(value) or 3) - len(tail)
@@ -227,7 +227,7 @@ def find_flaw(claim: Claim, seed: int = 0) -> str | None:
         except EvaluationError as error:
             return f"cannot be evaluated: {error}"
         kept = [out for out, wanted in zip(fused, claim.outputs, strict=True) if wanted]
-        difference = _difference(source, kept, dtype, kind)
+        difference = find_difference(source, kept, dtype, kind)
         if difference:
             return difference
     return None
@@ -261,17 +261,32 @@ def _source_nodes(wanted: Sequence[ir.Value], stop: Container[ir.Value]) -> list
 
 
 def _run_source(claim: Claim, feeds: Mapping[str, np.ndarray], kind: DType) -> list[np.ndarray]:
-    """Evaluate source nodes with every float type replaced by `kind` (f64) or as written."""
     graph = onnx.GraphProto.FromString(claim.source)
-    constants = dict(claim.constants)
+    outputs = [value.name for value in graph.output]
+    return run_nodes(graph.node, {**claim.constants, **feeds}, outputs, kind, claim.opset)
+
+
+def run_nodes(
+    nodes: Iterable[onnx.NodeProto],
+    arrays: Mapping[str, np.ndarray],
+    outputs: Sequence[str],
+    kind: DType,
+    opset: int,
+) -> list[np.ndarray]:
+    """Evaluate nodes on arrays: if `kind` is f64 with every float of that type, else as written.
+
+    Raises:
+        EvaluationError: a node cannot run.
+    """
+    nodes = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
     functions = {}
     if kind == "f64":
         floats = {info.numpy for info in DTYPES.values()}
-        constants = {
+        arrays = {
             name: array.astype(np.float64) if array.dtype in floats else array
-            for name, array in constants.items()
+            for name, array in arrays.items()
         }
-    for node in graph.node:
+    for node in nodes:
         if kind == "f64":
             _retype_cast(node)
         if node.domain == DOMAIN:
@@ -279,9 +294,28 @@ def _run_source(claim: Claim, feeds: Mapping[str, np.ndarray], kind: DType) -> l
             assert spec is not None
             spec = spec.with_dtype("f64") if kind == "f64" else spec
             node.op_type = spec.op_type
-            functions[spec.op_type] = spec.function(claim.opset)
-    outputs = [value.name for value in graph.output]
-    return evaluate(graph.node, {**constants, **feeds}, outputs, functions.values(), claim.opset)
+            functions[spec.op_type] = spec.function(opset)
+    return evaluate(nodes, arrays, outputs, functions.values(), opset)
+
+
+def source_proto(node: ir.Node, inputs: Sequence[str], outputs: Sequence[str]) -> onnx.NodeProto:
+    """A node as it is, but for the names of what it reads and makes."""
+    proto = ir.serde.serialize_node(node)
+    for field in ("name", "doc_string", "metadata_props", "input", "output"):
+        proto.ClearField(field)
+    proto.input.extend(inputs)
+    proto.output.extend(outputs)
+    return proto
+
+
+def fused_proto(
+    spec: OpSpec, attributes: Mapping[str, float], inputs: Sequence[str], outputs: Sequence[str]
+) -> onnx.NodeProto:
+    """A node of a fused op."""
+    proto = onnx.helper.make_node(spec.op_type, inputs, outputs, domain=DOMAIN)
+    for name, number in attributes.items():
+        proto.attribute.append(onnx.helper.make_attribute(name, float(number)))
+    return proto
 
 
 def _retype_cast(proto: onnx.NodeProto) -> None:
@@ -300,19 +334,13 @@ def _run_fused(claim: Claim, feeds: Mapping[str, np.ndarray], kind: DType) -> li
         if merged:
             array = array.reshape(*array.shape[: -len(merged)], math.prod(merged))
         arrays[slot.name] = array
-    node = onnx.helper.make_node(
-        spec.op_type,
-        [slot.name for slot in spec.inputs],
-        [slot.name for slot in spec.outputs],
-        domain=DOMAIN,
-    )
-    for name, number in claim.attributes.items():
-        node.attribute.append(onnx.helper.make_attribute(name, number))
+    names = [slot.name for slot in spec.inputs], [slot.name for slot in spec.outputs]
+    node = fused_proto(spec, claim.attributes, *names)
     outputs = evaluate([node], arrays, list(node.output), [spec.function(claim.opset)], claim.opset)
     return [out.reshape(*out.shape[:-1], *merged) if merged else out for out in outputs]
 
 
-def _difference(
+def find_difference(
     source: Sequence[np.ndarray], fused: Sequence[np.ndarray], dtype: DType, kind: DType
 ) -> str | None:
     """What separates the two sides, None if they agree."""

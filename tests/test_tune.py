@@ -34,12 +34,12 @@ def two_maps() -> onnx.ModelProto:
     )
 
 
-WIDE, SQUARE = Problem("Linear", (2, 8, 32)), Problem("Linear", (2, 64, 32))
+WIDE, SQUARE = Problem("Linear", ((2, 8, 32),)), Problem("Linear", ((2, 64, 32),))
 
 
 def test_problems_are_distinct_shapes(two_maps: onnx.ModelProto) -> None:
     lowered, _ = lower_regions(fusenorm.optimize(two_maps).model)
-    assert problems(lowered) == [WIDE, SQUARE, Problem("Linear", (3, 64, 32))]
+    assert problems(lowered) == [WIDE, SQUARE, Problem("Linear", ((3, 64, 32),))]
 
 
 def test_what_was_slower_stays_and_says_so(two_maps: onnx.ModelProto) -> None:
@@ -72,12 +72,30 @@ def test_a_measurement_is_remembered(
 
 
 @pytest.mark.kernel
-@pytest.mark.parametrize("dtype", ["f32", "f16"])
-def test_measures_both_sides(tmp_path: Path, dtype: str) -> None:
-    spec = Linear("swish", gated=True, bias=True, dtype=dtype)  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    ("spec", "panels"),
+    [
+        (Linear("swish", gated=True, bias=True), ((4, 40, 32),)),
+        (Linear("swish", gated=True, bias=True, dtype="f16"), ((4, 40, 32),)),
+        (Linear(bias=True, maps=2), ((4, 40, 32), (1, 40, 32))),
+    ],
+)
+def test_measures_both_sides(
+    tmp_path: Path, spec: Linear, panels: tuple[tuple[int, ...], ...]
+) -> None:
     library = tmp_path / "ops.so"
     build_library([spec], Target.host(), library)
-    assert 0.01 < tune.share(Problem(spec.op_type, (4, 40, 32)), library) < 100
+    assert 0.01 < tune.share(Problem(spec.op_type, panels), library) < 100
+
+
+def test_maps_side_by_side_are_one_problem() -> None:
+    proto = model(
+        "y = MatMul (x, w)\n z = MatMul (x, v)",
+        outputs="float[b,s,64] y, float[b,s,96] z",
+        constants={"w": rows(8, 64), "v": rows(8, 96)},
+    )
+    lowered, _ = lower_regions(fusenorm.optimize(proto).model)
+    assert problems(lowered) == [Problem("Linear_2maps", ((2, 8, 32), (3, 8, 32)))]
 
 
 @pytest.mark.kernel

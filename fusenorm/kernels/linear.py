@@ -31,7 +31,7 @@ _SCALAR = Lanes(1)
 
 
 def functions(spec: Linear, lanes: int) -> list[Any]:
-    """The PrimFuncs of `spec` with vectors of `lanes` f32, in the order of `symbols`.
+    """The PrimFuncs of one map of `spec` with vectors of `lanes` f32, in the order of `symbols`.
 
     Both see the M rows in tiles of `height` rows, which is 1 or even and at most `Tile.rows`; the
     last tile may have fewer rows, of an odd number its last one twice. The first multiplies: tiles
@@ -40,6 +40,7 @@ def functions(spec: Linear, lanes: int) -> list[Any]:
     x [M, K], tiles, height, first and last row. First rows are those of a tile.
     """
     product, tiles = symbols(spec)
+    spec = spec.one
     tile = Tile.of(spec, lanes)
     made = []
     for name, emit in ((product, _multiply), (tiles, _lay_out)):

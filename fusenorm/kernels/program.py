@@ -142,8 +142,10 @@ class RowProgram:
 def symbols(spec: OpSpec, device: Device = "cpu") -> tuple[str, ...]:
     """Names of an op's kernels: with every output, then without the second.
 
-    A linear op's second one, shared by all of its type, lays out the rows of x for the first.
+    A linear op's are those of one of its maps; the second, shared by all of its type, lays out the
+    rows of x for the first.
     """
+    spec = spec.one if isinstance(spec, Linear) else spec
     name = f"fusenorm_{spec.op_type}" if device == "cpu" else f"fusenorm_cuda_{spec.op_type}"
     if isinstance(spec, Linear):
         return name, f"fusenorm_tiles_{spec.dtype}"

@@ -1,8 +1,9 @@
-/* Linear ops: x [..., K], a weight in panels [P, K, PANEL], vectors [N]; y [..., N].
+/* Linear ops: x [..., K], then for each map a weight in panels [P, K, PANEL] and vectors [N]; an
+   output y [..., N] for each map.
 
    The rows of x are laid out in tiles first. A task is then a block of tiles times a range of
-   panels. Blocks are as high as lets their part of x stay in the caches of a core while the panels
-   pass by: each block reads all of the weight. */
+   panels of one map. Blocks are as high as lets their part of x stay in the caches of a core while
+   the panels pass by: each block reads all of the weight. */
 
 /* Fewer rows than BOUND_ROWS take no less time: weights must come from memory. */
 enum { PANEL = 32, BLOCK_BYTES = 1 << 21, LINEAR_TASK = 1 << 20, LAYOUT_TASK = 1 << 15, BOUND_ROWS = 8 };
@@ -10,9 +11,10 @@ enum { PANEL = 32, BLOCK_BYTES = 1 << 21, LINEAR_TASK = 1 << 20, LAYOUT_TASK = 1
 typedef struct {
   const State* state;
   const char* input[MAX_INPUTS];
-  char* output;
+  char* output[MAX_OUTPUTS];
   char* tiles; /* x as the kernel reads it: f32 */
-  int64_t rows, inner, columns, panels; /* panels: of y */
+  int64_t rows, inner;
+  int64_t columns[MAX_OUTPUTS], panels[MAX_OUTPUTS]; /* of each y; none if it is not wanted */
   int64_t height;                       /* rows of a tile */
   int64_t layout_block, row_block, panel_block, panel_blocks;
   atomic_int failed;
@@ -31,6 +33,7 @@ static int linear_arguments(Argument* arguments, Tensor* tensors, int n, const i
 }
 
 static int64_t upto(int64_t end, int64_t most) { return end < most ? end : most; }
+static int64_t shares(int64_t whole, int64_t share) { return (whole + share - 1) / share; }
 
 /* Tiles of a block of rows. */
 static void layout_task(void* data, size_t index) {
@@ -46,47 +49,61 @@ static void layout_task(void* data, size_t index) {
   if (job->state->op->other(NULL, arguments, count, &result) != 0) job->failed = 1;
 }
 
+/* Inputs of a map. */
+static int linear_reads(const Op* op) { return (op->inputs - 1) / op->outputs; }
+
 static void linear_task(void* data, size_t index) {
   LinearJob* job = data;
   const Op* op = job->state->op;
   int64_t row = (int64_t)index / job->panel_blocks * job->row_block;
-  int64_t panel = (int64_t)index % job->panel_blocks * job->panel_block;
+  int64_t block = (int64_t)index % job->panel_blocks;
+  int map = 0, reads = linear_reads(op);
+  for (int64_t own; block >= (own = shares(job->panels[map], job->panel_block)); ++map)
+    block -= own;
+  int64_t panel = block * job->panel_block;
   int64_t numbers[5] = {job->height, row, upto(row + job->row_block, job->rows), panel,
-                        upto(panel + job->panel_block, job->panels)};
+                        upto(panel + job->panel_block, job->panels[map])};
   int64_t size = (job->rows + 1) * job->inner;
-  int64_t panels[3] = {job->panels * op->parts, job->inner, PANEL};
-  int64_t result[2] = {job->rows, job->columns};
+  int64_t panels[3] = {job->panels[map] * op->parts, job->inner, PANEL};
+  int64_t result[2] = {job->rows, job->columns[map]};
   Tensor tensors[MAX_INPUTS + 1];
   Argument arguments[MAX_INPUTS + 1 + 5 + MAX_ATTRIBUTES];
   set_tensor(&tensors[0], &size, 1, job->tiles, &TILES);
-  for (int i = 1; i < op->inputs; ++i) {
-    int is_weight = op->input[i].layout == PANELS;
-    set_tensor(&tensors[i], is_weight ? panels : &job->columns, is_weight ? 3 : 1, job->input[i],
-               &op->input[i]);
+  for (int i = 1; i <= reads; ++i) {
+    int at = map * reads + i, is_weight = op->input[at].layout == PANELS;
+    set_tensor(&tensors[i], is_weight ? panels : &job->columns[map], is_weight ? 3 : 1,
+               job->input[at], &op->input[at]);
   }
-  set_tensor(&tensors[op->inputs], result, 2, job->output, &op->output[0]);
-  int count = linear_arguments(arguments, tensors, op->inputs + 1, numbers, 5);
+  set_tensor(&tensors[reads + 1], result, 2, job->output[map], &op->output[map]);
+  int count = linear_arguments(arguments, tensors, reads + 2, numbers, 5);
   if (call_kernel(job->state, op->kernel, arguments, count) != 0) job->failed = 1;
+}
+
+static int64_t linear_panel_blocks(const LinearJob* job) {
+  int64_t blocks = 0;
+  for (int map = 0; map < job->state->op->outputs; ++map)
+    blocks += shares(job->panels[map], job->panel_block);
+  return blocks;
 }
 
 /* Tiles of the same even height. Row blocks first; then panels, until tasks are too small to share out. */
 static int64_t linear_tasks(LinearJob* job) {
-  int64_t tiles = (job->rows + job->state->op->tile - 1) / job->state->op->tile;
-  job->height = (job->rows + tiles - 1) / tiles;
+  int64_t tiles = shares(job->rows, job->state->op->tile);
+  job->height = shares(job->rows, tiles);
   if (job->height > 1) job->height += job->height % 2;
-  tiles = (job->rows + job->height - 1) / job->height;
+  tiles = shares(job->rows, job->height);
   int64_t high = BLOCK_BYTES / (4 * (job->inner + 1) * job->height);
-  int64_t blocks = high > 1 ? (tiles + high - 1) / high : tiles;
-  job->row_block = (tiles + blocks - 1) / blocks * job->height;
-  blocks = (job->rows + job->row_block - 1) / job->row_block;
+  int64_t blocks = high > 1 ? shares(tiles, high) : tiles;
+  job->row_block = shares(tiles, blocks) * job->height;
+  blocks = shares(job->rows, job->row_block);
   double rows = (double)(job->row_block < BOUND_ROWS ? BOUND_ROWS : job->row_block);
   double work = rows * (double)job->inner * PANEL * job->state->op->parts;
   job->panel_block = 1 + (int64_t)(LINEAR_TASK / (work + 1));
-  int64_t most = MAX_TASKS / blocks;
+  int64_t most = MAX_TASKS / blocks, panels = 0;
   if (most < 1) most = 1;
-  if ((job->panels + job->panel_block - 1) / job->panel_block > most)
-    job->panel_block = (job->panels + most - 1) / most;
-  job->panel_blocks = (job->panels + job->panel_block - 1) / job->panel_block;
+  for (int map = 0; map < job->state->op->outputs; ++map) panels += job->panels[map];
+  if (linear_panel_blocks(job) > most) job->panel_block = shares(panels, most);
+  job->panel_blocks = linear_panel_blocks(job);
   return blocks * job->panel_blocks;
 }
 
@@ -105,53 +122,76 @@ static OrtStatus* linear_layout(LinearJob* job, OrtKernelContext* context, void*
   if (*made == NULL) return CreateStatus(ORT_FAIL, "fusenorm: out of memory");
   job->tiles = (char*)*made + (64 - (uintptr_t)*made % 64) % 64;
   job->layout_block = (1 + LAYOUT_TASK / (job->inner * job->height + 1)) * job->height;
-  int64_t tasks = (job->rows + job->layout_block - 1) / job->layout_block;
+  int64_t tasks = shares(job->rows, job->layout_block);
   return linear_share(context, layout_task, tasks, job);
+}
+
+/* The sizes of a map, from the shapes of what it reads. */
+static OrtStatus* linear_map(LinearJob* job, const OrtValue** values, int map, size_t rank) {
+  const State* state = job->state;
+  const Op* op = state->op;
+  int64_t shape[MAX_RANK];
+  size_t other;
+  for (int i = 1 + map * linear_reads(op); i <= (map + 1) * linear_reads(op); ++i) {
+    const Slot* slot = &op->input[i];
+    TRY(shape_of(values[i], shape, &other));
+    if (slot->layout == PANELS) {
+      if (other != 3 || shape[1] != job->inner || shape[2] != PANEL || shape[0] % op->parts)
+        return fail_slot(state, slot, "is not made of panels as high as the last axis of x");
+      job->panels[map] = shape[0] / op->parts;
+      job->columns[map] = job->panels[map] * PANEL;
+    } else {
+      int64_t size = 1;
+      for (size_t axis = 0; axis < other; ++axis) size *= shape[axis];
+      if (other == 0 || other > rank || size != job->columns[map] || shape[other - 1] != size)
+        return fail_slot(state, slot, "is not a vector as long as the weight has columns");
+    }
+  }
+  return NULL;
+}
+
+/* Memory for the y of a map. */
+static OrtStatus* linear_output(LinearJob* job, OrtKernelContext* context, int map, int64_t* dims,
+                                size_t rank) {
+  OrtValue* y = NULL;
+  void* data = NULL;
+  dims[rank - 1] = job->columns[map];
+  TRY(GetOutput(context, map, dims, rank, &y));
+  if (y == NULL && map == 0) return fail(job->state, "its first output is not used: name it");
+  if (y == NULL) {
+    job->panels[map] = 0;
+    return NULL;
+  }
+  TRY(GetTensorMutableData(y, &data));
+  job->output[map] = data;
+  return NULL;
 }
 
 static OrtStatus* linear_compute(const State* state, OrtKernelContext* context) {
   const Op* op = state->op;
   LinearJob job = {.state = state};
-  int64_t dims[MAX_RANK], shape[MAX_RANK];
-  size_t rank = 0, other;
+  int64_t dims[MAX_RANK];
+  const OrtValue* values[MAX_INPUTS];
+  size_t rank = 0;
   for (int i = 0; i < op->inputs; ++i) {
-    const Slot* slot = &op->input[i];
-    const OrtValue* value = NULL;
-    TRY(GetInput(context, i, &value));
-    if (value == NULL) return fail_slot(state, slot, "is missing");
     void* data = NULL;
-    TRY(GetTensorMutableData(value, &data));
+    TRY(GetInput(context, i, &values[i]));
+    if (values[i] == NULL) return fail_slot(state, &op->input[i], "is missing");
+    TRY(GetTensorMutableData(values[i], &data));
     job.input[i] = data;
-    if (slot->layout == ROW) {
-      TRY(shape_of(value, dims, &rank));
-      if (rank == 0) return fail_slot(state, slot, "is a scalar: it needs a last axis");
-      job.inner = dims[rank - 1];
-      continue;
-    }
-    TRY(shape_of(value, shape, &other));
-    if (slot->layout == PANELS) {
-      if (other != 3 || shape[1] != job.inner || shape[2] != PANEL || shape[0] % op->parts)
-        return fail_slot(state, slot, "is not made of panels as high as the last axis of x");
-      job.panels = shape[0] / op->parts;
-      job.columns = job.panels * PANEL;
-    } else {
-      int64_t size = 1;
-      for (size_t axis = 0; axis < other; ++axis) size *= shape[axis];
-      if (other == 0 || other > rank || size != job.columns || shape[other - 1] != size)
-        return fail_slot(state, slot, "is not a vector as long as the weight has columns");
-    }
   }
+  TRY(shape_of(values[0], dims, &rank));
+  if (rank == 0) return fail_slot(state, &op->input[0], "is a scalar: it needs a last axis");
+  job.inner = dims[rank - 1];
   job.rows = 1;
   for (size_t axis = 0; axis + 1 < rank; ++axis) job.rows *= dims[axis];
-  dims[rank - 1] = job.columns;
-  OrtValue* y = NULL;
-  TRY(GetOutput(context, 0, dims, rank, &y));
-  if (y == NULL) return fail(state, "its output is not used: name it");
-  void* data = NULL;
-  TRY(GetTensorMutableData(y, &data));
-  job.output = data;
-  if (job.rows == 0 || job.columns == 0) return NULL;
+  for (int map = 0; map < op->outputs; ++map) {
+    TRY(linear_map(&job, values, map, rank));
+    TRY(linear_output(&job, context, map, dims, rank));
+  }
+  if (job.rows == 0) return NULL;
   int64_t tasks = linear_tasks(&job);
+  if (tasks == 0) return NULL;
   void* made = NULL;
   OrtStatus* status = linear_layout(&job, context, &made);
   if (status == NULL) status = linear_share(context, linear_task, tasks, &job);
@@ -161,14 +201,19 @@ static OrtStatus* linear_compute(const State* state, OrtKernelContext* context) 
 
 static OrtStatus* linear_infer(const Op* op, OrtShapeInferContext* context) {
   Shape x, weight;
+  Names fresh;
   OrtTensorInfo* info = NULL;
   TRY(GetInputShape(context, 0, &info));
   TRY(read_shape(info, &x));
-  TRY(GetInputShape(context, 1, &info));
-  TRY(read_shape(info, &weight));
-  if (x.rank == 0 || weight.rank != 3) return NULL;
-  int known = weight.size[0] >= 0;
-  x.size[x.rank - 1] = known ? weight.size[0] / op->parts * PANEL : -1;
-  x.symbol[x.rank - 1] = "";
-  return write_shape(context, op, &x);
+  if (x.rank == 0) return NULL;
+  for (int map = 0; map < op->outputs; ++map) {
+    TRY(GetInputShape(context, 1 + map * linear_reads(op), &info));
+    TRY(read_shape(info, &weight));
+    int known = weight.rank == 3 && weight.size[0] >= 0;
+    x.size[x.rank - 1] = known ? weight.size[0] / op->parts * PANEL : -1;
+    x.symbol[x.rank - 1] = "";
+    name_unknown(&x, fresh);
+    TRY(write_output(context, op, map, &x));
+  }
+  return NULL;
 }

@@ -18,6 +18,8 @@ from fusenorm.ops.activation import ACTIVATIONS, Activation, Gated, GateLayout
 from fusenorm.ops.spec import Body, DType, OpSpec, Slot
 
 PANEL = 32
+# As many maps of one x as an op computes side by side.
+MOST_MAPS = 3
 
 
 def pack(weight: np.ndarray) -> np.ndarray:
@@ -41,12 +43,16 @@ def unpack(panels: np.ndarray) -> np.ndarray:
 class Linear(OpSpec):
     """act(x·W + b), or the gated unit act(x·W + b)∘(x·V + c), W and V constant and packed.
 
+    Several plain maps of one x, such as queries, keys and values, are one op with an output each:
+    y_i = x·W_i + b_i.
+
     Attributes:
         activation: a row of ACTIVATIONS.
         gated: whether a linear twin multiplies the activated gate (arXiv 2002.05202).
         bias: whether biases are added.
         dtype: of every input and output; products are summed in f32 and rounded to it.
         precision: of the activation in 16 bits, as in Gated.
+        maps: how many there are; more than one only without activation.
     """
 
     activation: str = "identity"
@@ -54,6 +60,7 @@ class Linear(OpSpec):
     bias: bool = False
     dtype: DType = "f32"
     precision: Literal["f32", "storage"] = "f32"
+    maps: int = 1
 
     @property
     def row(self) -> Activation:
@@ -65,7 +72,8 @@ class Linear(OpSpec):
 
     @property
     def tokens(self) -> tuple[str, ...]:
-        tokens = [self.activation] if self.gated or self.activation != "identity" else []
+        tokens = [f"{self.maps}maps"] if self.maps > 1 else []
+        tokens += [self.activation] if self.gated or self.activation != "identity" else []
         tokens += ["bias"] if self.bias else []
         tokens += [self.dtype] if self.dtype != "f32" else []
         tokens += ["stepwise"] if self.precision == "storage" else []
@@ -80,6 +88,9 @@ class Linear(OpSpec):
             yield cls(name, gated, bias, dtype)
             if dtype == "f16" and name != "identity":
                 yield cls(name, gated, bias, dtype, "storage")
+            if name == "identity" and not gated:
+                for maps in range(2, MOST_MAPS + 1):
+                    yield cls(name, gated, bias, dtype, maps=maps)
 
     @classmethod
     def ending_in(cls, unit: Gated, *, bias: bool) -> Self | None:
@@ -90,6 +101,11 @@ class Linear(OpSpec):
         return spec if cls.parse(spec.op_type) == spec else None
 
     @property
+    def one(self) -> Self:
+        """The op of each of its maps alone."""
+        return dataclasses.replace(self, maps=1)
+
+    @property
     def unit(self) -> Gated:
         """What follows the sums, as an op over rows."""
         layout: GateLayout = "pair" if self.gated else "none"
@@ -97,15 +113,22 @@ class Linear(OpSpec):
 
     @property
     def inputs(self) -> tuple[Slot, ...]:
-        slots = [Slot("x", self.dtype, "row"), Slot("weight", self.dtype, "panels")]
-        if self.bias:
-            names = ("gate_bias", "up_bias") if self.gated else ("bias",)
-            slots += [Slot(name, self.dtype, "vector") for name in names]
+        slots = [Slot("x", self.dtype, "row")]
+        biases = ("gate_bias", "up_bias") if self.gated else ("bias",)
+        for end in self._ends:
+            slots.append(Slot(f"weight{end}", self.dtype, "panels"))
+            if self.bias:
+                slots += [Slot(f"{name}{end}", self.dtype, "vector") for name in biases]
         return tuple(slots)
 
     @property
     def outputs(self) -> tuple[Slot, ...]:
-        return (Slot("y", self.dtype, "row"),)
+        return tuple(Slot(f"y{end}", self.dtype, "row") for end in self._ends)
+
+    @property
+    def _ends(self) -> tuple[str, ...]:
+        """What the names of a map's slots end in."""
+        return ("",) if self.maps == 1 else tuple(f"_{index}" for index in range(self.maps))
 
     @property
     def attributes(self) -> tuple[str, ...]:
@@ -113,12 +136,16 @@ class Linear(OpSpec):
 
     def write(self, body: Body) -> None:
         matrix = body.let("matrix", "Constant <value_ints: ints = [0, -1]> ()")
-        body.let("by_row", "Transpose <perm: ints = [1, 0, 2]> (weight)")
         if not self.gated:
-            body.let("matrix_weight", f"Reshape (by_row, {matrix})")
-            value = self._product(body, "product", "matrix_weight", "bias")
-            body.result("y", self._activated(body, value))
+            for end in self._ends:
+                by_row = body.let(
+                    f"by_row{end}", f"Transpose <perm: ints = [1, 0, 2]> (weight{end})"
+                )
+                weight = body.let(f"matrix_weight{end}", f"Reshape ({by_row}, {matrix})")
+                value = self._product(body, f"product{end}", weight, f"bias{end}")
+                body.result(f"y{end}", self._activated(body, value))
             return
+        body.let("by_row", "Transpose <perm: ints = [1, 0, 2]> (weight)")
         body.let("pairs", f"Constant <value_ints: ints = [0, -1, {2 * PANEL}]> ()")
         body.let("by_pair", "Reshape (by_row, pairs)")
         body.halves("gate_panels", "up_panels", "by_pair")
@@ -142,10 +169,13 @@ class Linear(OpSpec):
         self, inputs: Mapping[str, np.ndarray], attributes: Mapping[str, float]
     ) -> tuple[np.ndarray, ...]:
         wide = {name: np.asarray(value, np.float64) for name, value in inputs.items()}
-        panels = wide["weight"]
         if not self.gated:
-            product = wide["x"] @ unpack(panels) + wide.get("bias", 0.0)
-            return (self.row.numpy(product, **attributes),)
+            products = (
+                wide["x"] @ unpack(wide[f"weight{end}"]) + wide.get(f"bias{end}", 0.0)
+                for end in self._ends
+            )
+            return tuple(self.row.numpy(product, **attributes) for product in products)
+        panels = wide["weight"]
         gate = wide["x"] @ unpack(panels[0::2]) + wide.get("gate_bias", 0.0)
         up = wide["x"] @ unpack(panels[1::2]) + wide.get("up_bias", 0.0)
         return (self.row.numpy(gate, **attributes) * up,)

@@ -1,0 +1,92 @@
+"""Linear maps of one input become one op: its rows are laid out for the products once."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import math
+from collections.abc import Iterator
+
+import onnx_ir as ir
+
+from fusenorm.ops.linear import MOST_MAPS, Linear
+from fusenorm.ops.spec import DOMAIN
+from fusenorm.passes.pattern import Miss, Refusal, node_name
+from fusenorm.passes.rewrite import Check, Rewrite, RewritePass
+
+OP = "LinearMaps"
+RULE = "concat_linear"
+
+
+class ConcatLinearMaps(RewritePass):
+    """Queries, keys and values, or any plain maps of one input, are computed side by side.
+
+    ## What it matches
+    Two or more Linear ops of one x, without activation, of one type and all with a bias or all
+    without, whatever their widths. More than three become several ops, dealt out evenly.
+
+    ## Formula
+    y_i = x·W_i + b_i, an output each; the weights stay as they are packed.
+
+    ## Numerics
+    Every output is what the map alone gives, bit for bit.
+
+    ## Refuses
+    `unlike`: others read the same x, but end otherwise. `slower`, `check_failed`.
+
+    ## References
+    arXiv 1706.03762 (the projections of multi-head attention).
+    """
+
+    name = RULE
+
+    def __init__(self, check: Check | None = None) -> None:
+        super().__init__((), check)
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        opset = model.opset_imports.get("", 0)
+        modified = False
+        for graph in list(model.graphs()):
+            # The op stands where the first of its maps stood: the order stays one to run in.
+            for proposal in list(_proposals(graph)):
+                modified |= self.settle(model, proposal, OP, opset)
+        return ir.passes.PassResult(model, modified)
+
+
+def _proposals(graph: ir.Graph) -> Iterator[Rewrite | Miss]:
+    """What becomes of the Linear ops of a graph that share their x with others."""
+    readers: dict[ir.Value, dict[Linear, list[ir.Node]]] = collections.defaultdict(dict)
+    for node in graph:
+        spec = Linear.parse(node.op_type)
+        if spec is not None and node.domain == DOMAIN:
+            x = node.inputs[0]
+            assert x is not None
+            readers[x].setdefault(spec, []).append(node)
+    for x, alike in readers.items():
+        count = sum(map(len, alike.values()))
+        for spec, nodes in alike.items():
+            if spec == Linear(bias=spec.bias, dtype=spec.dtype) and len(nodes) > 1:
+                yield from (_side_by_side(x, spec, part) for part in _dealt_out(nodes))
+            elif count > 1:
+                detail = f"the {count} maps of {x.name} end differently, or in an activation"
+                for node in nodes:
+                    yield Miss((node,), Refusal("unlike", node_name(node), detail))
+
+
+def _dealt_out(nodes: list[ir.Node]) -> Iterator[list[ir.Node]]:
+    """The nodes in order, as few groups as there can be, of as equal sizes as can be."""
+    groups = math.ceil(len(nodes) / MOST_MAPS)
+    for index in range(groups):
+        yield nodes[len(nodes) * index // groups : len(nodes) * (index + 1) // groups]
+
+
+def _side_by_side(x: ir.Value, spec: Linear, nodes: list[ir.Node]) -> Rewrite:
+    given = (value for node in nodes for value in node.inputs[1:] if value is not None)
+    return Rewrite(
+        rule=RULE,
+        spec=dataclasses.replace(spec, maps=len(nodes)),
+        inputs=(x, *given),
+        attributes={},
+        outputs=tuple(node.outputs[0] for node in nodes),
+        nodes=tuple(nodes),
+    )

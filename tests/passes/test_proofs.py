@@ -328,7 +328,7 @@ def test_a_difference_is_one_of_a_row_s_largest_number(
 ) -> None:
     a = np.array(source, np.float64)
     b = a + BOUND * np.array(errors, np.float64)
-    outcome = validate._difference([a], [b], "f32", "f64")
+    outcome = validate.find_difference([a], [b], "f32", "f64")
     assert outcome == found if found is None else str(outcome).startswith(found)
 
 
@@ -347,9 +347,9 @@ def test_in_16_bits_nearly_all_numbers_are_equal(
     a = np.ones((1, 1000), np.float16)
     b = a.copy()
     b[0, :changed] += np.float16(2**-10)
-    assert validate._difference([a], [b], "f16", kind) == found  # type: ignore[arg-type]
+    assert validate.find_difference([a], [b], "f16", kind) == found  # type: ignore[arg-type]
 
 
 def test_no_numbers_are_equal_numbers() -> None:
     empty = np.zeros((0, 8), ml_dtypes.bfloat16)
-    assert validate._difference([empty], [empty], "bf16", "bf16") is None
+    assert validate.find_difference([empty], [empty], "bf16", "bf16") is None

@@ -97,7 +97,10 @@ class Nvcc:
         """Link a shared library with the CUDA runtime inside."""
         options = (f"--version-script={exports}", "-znoexecstack", "-s")
         linker = [f"-Xlinker={option}" for option in options]
-        run([self.path, "-shared", "-cudart=static", *linker, *objects, "-o", output])
+        # The wheel's nvcc looks in lib64, but the wheels' libraries are in lib.
+        libraries = f"-L{self.path.resolve().parent.parent / 'lib'}"
+        command = [self.path, "-shared", "-cudart=static", libraries, *linker, *objects]
+        run([*command, "-o", output])
 
 
 def _wheel() -> Path | None:

@@ -244,8 +244,9 @@ def test_a_norm_without_scale_and_bias_stays_unmentioned() -> None:
     assert kinds(work) == ["LayerNorm_noscale", "Linear"]
 
 
-def test_an_op_of_another_domain_is_no_linear_map() -> None:
-    body = LN + MAP + "\nz = other.Linear (n, v)"
+@pytest.mark.parametrize("op_type", ["Linear", "Shape"])
+def test_an_op_of_another_domain_reads_the_norm(op_type: str) -> None:
+    body = LN + MAP + f"\nz = other.{op_type} (n, v)"
     work = _fold(body, {name: CONSTANTS[name] for name in "gbwv"}, modified=False)
     assert "Linear" in kinds(work)
 

@@ -45,6 +45,9 @@ def made(body: str, inputs: str) -> Rewrite:
          [(2, 6, 5, 4), (2, 6, 7, 4), (2, 6, 7, 3), (5, 7)]),
         (STANDARD, "float[b,h,s,4] q, float[b,g,t,4] k, float[b,g,t,4] v, float[s,t] m",
          [(2, 6, 5, 4), (2, 3, 7, 4), (2, 3, 7, 4), (5, 7)]),
+        # widths that nothing tells
+        (SWAP + REST, "float[b,6,s,d] q, float[b,6,t,d] k, float[b,6,t,e] v, float[s,t] m",
+         [(2, 6, 5, 4), (2, 6, 7, 4), (2, 6, 7, 3), (5, 7)]),
         # rows first
         (TURNED, "float[b,s,h,4] q, float[b,t,h,4] k, float[b,t,h,3] v, float[s,t] m",
          [(2, 5, 6, 4), (2, 7, 6, 4), (2, 7, 6, 3), (5, 7)]),

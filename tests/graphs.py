@@ -13,7 +13,7 @@ import onnxruntime as ort
 import fusenorm
 from fusenorm.passes import facts
 from fusenorm.passes.pattern import Miss
-from fusenorm.passes.rewrite import Rule
+from fusenorm.passes.rewrite import Rewrite, Rule
 from fusenorm.report import Report
 
 WIDTH = 8
@@ -63,6 +63,16 @@ def values(
 def proposed(
     rule: Rule, body: str, inputs: str, *, constants: Mapping[str, np.ndarray], opset: int = 18
 ) -> str | None:
+    """The fused op, the code of the refusal, or None: what `outcome` gives."""
+    found = outcome(rule, body, inputs, constants=constants, opset=opset)
+    if isinstance(found, Miss):
+        return found.refusal.code if found.refusal is not None else "?"
+    return None if found is None else found.spec.op_type
+
+
+def outcome(
+    rule: Rule, body: str, inputs: str, *, constants: Mapping[str, np.ndarray], opset: int = 18
+) -> Rewrite | Miss | None:
     """What a rule makes of the node that computes y, before any proof.
 
     Args:
@@ -71,9 +81,6 @@ def proposed(
         inputs: the same.
         constants: those the body reads become initializers.
         opset: of the model, which knows the domains `fusenorm` and `other` too.
-
-    Returns:
-        The fused op, the code of the refusal, or None.
     """
     proto = onnx.parser.parse_model(
         f'<ir_version: 10, opset_import: ["" : {opset}, "fusenorm" : 1, "other" : 1]>\n'
@@ -85,10 +92,7 @@ def proposed(
     graph = ir.from_proto(onnx.shape_inference.infer_shapes(proto, data_prop=True)).graph
     root = graph.outputs[0].producer()
     assert root is not None
-    outcome = rule.propose(root)
-    if isinstance(outcome, Miss):
-        return outcome.refusal.code if outcome.refusal is not None else "?"
-    return None if outcome is None else outcome.spec.op_type
+    return rule.propose(root)
 
 
 def written(graph: ir.Graph | ir.Function) -> list[str]:

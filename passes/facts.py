@@ -141,7 +141,7 @@ def assume_row(value: ir.Value, dtype: DType, size: int | None) -> None:
     """Record of a value nothing is known of what the operator that reads it requires."""
     if value.dtype is None:
         value.dtype = DTYPES[dtype].onnx
-    if last_dim(value) is None and size is not None:
+    if last_dim(value) is None:
         value.meta[_LAST_DIM] = size
 
 

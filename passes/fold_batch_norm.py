@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import sys
 from collections.abc import Iterable, Sequence
 
 import ml_dtypes
@@ -128,7 +129,7 @@ class FoldBatchNorm(ir.passes.InPlacePass):
         super().__init__()
         self.types = frozenset(types)
         self.validate = validate
-        self.budget = budget if budget is not None else [2**31]
+        self.budget = budget if budget is not None else [sys.maxsize]
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         opset = model.opset_imports.get("", 0)
@@ -311,8 +312,9 @@ def _product_of(add: ir.Node) -> ir.Node | None:
     if add.op_type != "Add" or add.domain != "":
         return None
     for product, bias in (add.inputs, tuple(reversed(add.inputs))):
-        if product is None or facts.constant(bias) is None:
+        if facts.constant(bias) is None:
             continue
+        assert product is not None
         node = product.producer()
         if node is not None and node.op_type in _MATRIX and node.graph is add.graph:
             return node if len(product.uses()) == 1 and not product.is_graph_output() else None
@@ -329,10 +331,11 @@ def _addition_to(product: ir.Node) -> ir.Node | None:
 
 def _constant(value: ir.Value | None) -> np.ndarray | None:
     """A constant, also where it is written as the Transpose of one."""
-    turned = value.producer() if value is not None else None
+    turned = facts.made_by(value, "Transpose")
     order = facts.permutation(turned)
-    if turned is None or order is None:
+    if order is None:
         return facts.constant(value)
+    assert turned is not None
     array = facts.constant(turned.inputs[0])
     return None if array is None else array.transpose(order)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -127,7 +128,7 @@ class Speller:
     def columns(self, value: ir.Value, part: int, *, interleaved: bool) -> ir.Value:
         """Half of the columns by Slice: one side, or every second one."""
         start, end, step = (
-            (part, 2**31, 2) if interleaved else (part * WIDTH, WIDTH * (part + 1), 1)
+            (part, sys.maxsize, 2) if interleaved else (part * WIDTH, WIDTH * (part + 1), 1)
         )
         bounds = [self.constant(np.array([bound], np.int64)) for bound in (start, end, -1, step)]
         return self.node("Slice", [value, *bounds])

@@ -192,7 +192,18 @@ def test_a_rule_without_documentation() -> None:
 
     silent = Silent(swish_of)
     assert (silent.summary, silent.documentation) == ("", "")
-    assert Stub(swish_of).summary == "A rule that proposes what it is told."
+
+
+def test_the_first_line_sums_a_rule_up() -> None:
+    class Told(Stub):
+        """What it is.
+
+        What more there is.
+        """
+
+    told = Told(swish_of)
+    assert told.summary == "What it is."
+    assert told.documentation == "What it is.\n\nWhat more there is."
 
 
 def test_branches_are_graphs_too() -> None:

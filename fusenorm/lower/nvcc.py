@@ -99,8 +99,8 @@ class Nvcc:
         linker = [f"-Xlinker={option}" for option in options]
         # The wheel's nvcc looks in lib64, but the wheels' libraries are in lib.
         libraries = f"-L{self.path.resolve().parent.parent / 'lib'}"
-        command = [self.path, "-shared", "-cudart=static", libraries, *linker, *objects]
-        run([*command, "-o", output])
+        command = (self.path, "-shared", "-cudart=static", libraries)
+        run([*command, *linker, *objects, "-o", output])
 
 
 def _wheel() -> Path | None:

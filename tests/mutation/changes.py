@@ -24,7 +24,8 @@ CALLS = {"any": "all", "all": "any", "min": "max", "max": "min"}
 # Calls whose arguments are alternatives: each may be left out.
 ALTERNATIVES = {"one_of"}
 # Where the words for the user stand: position of the argument, or of all from there on.
-WORDS = {"Refusal": 2, "refuse": 2, "record": 3, "Problem": 0, "BadInput": 0, "GraphInvalid": 0}
+WORDS = {"Refusal": 2, "Refused": 2, "refuse": 2, "_refuse": 2}
+WORDS |= {"record": 3, "Problem": 0, "BadInput": 0, "GraphInvalid": 0}
 
 
 @dataclasses.dataclass

@@ -53,7 +53,7 @@ def _without_weights(model: ir.Model) -> onnx.ModelProto:
     for node in model.graph:
         ir.serde.serialize_node_into(graph.node.add(), node)
         for value in node.outputs:
-            if value.type is not None and not value.is_graph_output():
+            if value.type is not None:
                 ir.serde.serialize_value_into(graph.value_info.add(), value)
     graph.output.extend(map(ir.serde.serialize_value, model.graph.outputs))
     return proto

@@ -37,21 +37,21 @@ def _normalise(
 class LayerNormalization(OpRun):
     op_domain = ""
 
-    def _run(self, x, scale, bias=None, axis=-1, epsilon=1e-5, stash_type=1):  # type: ignore[no-untyped-def]
+    def _run(self, x, scale, bias=None, *, axis, epsilon, stash_type):  # type: ignore[no-untyped-def]
         return (_normalise(x, scale, bias, axis, epsilon, subtract_mean=True),)
 
 
 class RMSNormalization(OpRun):
     op_domain = ""
 
-    def _run(self, x, scale, axis=-1, epsilon=1e-5, stash_type=1):  # type: ignore[no-untyped-def]
+    def _run(self, x, scale, axis, epsilon, stash_type):  # type: ignore[no-untyped-def]
         return (_normalise(x, scale, None, axis, epsilon, subtract_mean=False),)
 
 
 class Gelu(OpRun):
     op_domain = ""
 
-    def _run(self, x, approximate="none"):  # type: ignore[no-untyped-def]
+    def _run(self, x, approximate):  # type: ignore[no-untyped-def]
         row = ACTIVATIONS["gelu_tanh" if approximate == "tanh" else "gelu"]
         return (row.numpy(x.astype(np.float64)).astype(x.dtype),)
 
@@ -67,7 +67,7 @@ class Sigmoid(OpRun):
 class Swish(OpRun):
     op_domain = ""
 
-    def _run(self, x, alpha=1.0):  # type: ignore[no-untyped-def]
+    def _run(self, x, alpha):  # type: ignore[no-untyped-def]
         swish = ACTIVATIONS["swish"].numpy
         return (swish(x.astype(np.float64), beta=alpha).astype(x.dtype),)
 
@@ -75,7 +75,7 @@ class Swish(OpRun):
 class SwiGLU(OpRun):
     op_domain = ""
 
-    def _run(self, a, b, alpha=1.0):  # type: ignore[no-untyped-def]
+    def _run(self, a, b, alpha):  # type: ignore[no-untyped-def]
         swish = ACTIVATIONS["swish"].numpy
         return (swish(a.astype(np.float64), beta=alpha).astype(a.dtype) * b,)
 

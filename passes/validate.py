@@ -192,7 +192,7 @@ class Validator:
 
     seed: int = 0
     _flaws: dict[tuple[Hashable, ...], str | None] = dataclasses.field(
-        default_factory=dict, init=False, repr=False, compare=False
+        default_factory=dict, init=False, repr=False
     )
 
     def __call__(self, rewrite: Rewrite, opset: int) -> Refusal | None:

@@ -41,6 +41,42 @@ def test_lost_output(swish: ir.Model) -> None:
         verify_graph(swish, "test")
 
 
+def test_what_is_wrong_first_is_told_first(swish: ir.Model) -> None:
+    swish.graph[0].outputs[0].name = "y"
+    with pytest.raises(GraphInvalid, match="y is defined twice"):
+        verify_graph(swish, "test", ["other"])
+
+
+def test_outputs_must_keep_their_names(swish: ir.Model) -> None:
+    verify_graph(swish, "test", ["y"])
+    with pytest.raises(GraphInvalid, match=r"the graph's outputs became \['y'\]"):
+        verify_graph(swish, "test", ["z"])
+
+
+def test_values_without_a_name_are_no_twins(swish: ir.Model) -> None:
+    for _ in range(2):
+        swish.graph.append(ir.node("Split", [swish.graph.inputs[0]], num_outputs=2))
+        for value in swish.graph[-1].outputs:
+            value.name = None
+    verify_graph(swish, "test")
+
+
+def test_a_fused_op_nobody_declared(swish: ir.Model) -> None:
+    swish.graph[0].op_type = "Unheard"
+    with pytest.raises(GraphInvalid, match="Unheard has no declaration"):
+        verify_graph(swish, "test")
+
+
+def test_one_input_of_several_is_missing() -> None:
+    work = fusenorm.optimize(
+        model("a = Sigmoid(x)\ny = Mul(a, z)", "float[b,s,8] x, float[b,s,8] z")
+    )
+    node = next(node for node in work.model.graph if node.domain == DOMAIN)
+    node.replace_input_with(1, None)
+    with pytest.raises(GraphInvalid, match=r"takes 2 inputs"):
+        verify_graph(work.model, "test")
+
+
 @pytest.mark.parametrize("break_it", ["function", "attribute", "input"])
 def test_fused_node_that_does_not_fit(swish: ir.Model, break_it: str) -> None:
     node = swish.graph[0]

@@ -255,7 +255,7 @@ class Hunt:
         return status
 
     def _order(self, names: Sequence[str], mutant: Mutant) -> list[str]:
-        """First the quick tests that notice most and run what few others run near the change."""
+        """First the quick tests of little else that notice most and run the lines few others do."""
         kills = self.kills
         near = range(mutant.lines.start - NEAR, mutant.lines.stop + NEAR)
 
@@ -263,7 +263,8 @@ class Hunt:
             trial = self.survey.trials[name]
             run = trial.lines.get(self.file.name, frozenset())
             rare = sum(1 / self.often[line] for line in run.intersection(near))
-            return trial.seconds / (1e-3 + rare) / (1 + kills[_function(name)])
+            breadth = sum(map(len, trial.lines.values()))
+            return trial.seconds * breadth / (1e-3 + rare) / (1 + kills[_function(name)])
 
         order, seconds = [], 0.0
         for name in sorted(names, key=cost):

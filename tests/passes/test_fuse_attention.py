@@ -183,6 +183,7 @@ NUMBERS = {
         ("Attention_hhhh_mask", "n = MatMul (q, w47)\n" + ADDED.format("n"), HEADS),
         ("Attention_hhhh_mask", PRODUCT + "l = Neg (n)\n" + ADDED.format("l"), HEADS),
         ("types", PRODUCT + "l = other.Mul (n, c)\n" + ADDED.format("l"), HEADS),
+        ("Attention_hhhh_mask", "l = Mul (m, c)\n" + ADDED.format("l"), HEADS),
         ("scores", PRODUCT + ADDED.format("n"), HEADS),
         ("scores", PRODUCT + "l = Mul (c, n)\n" + ADDED.format("l"), HEADS),
         ("scores", PRODUCT + "l = Div (n, c)\n" + ADDED.format("l"), HEADS),
@@ -276,6 +277,8 @@ NUMBERS = {
         ("Attention_hhhh_grouped_zero", "y = Attention (q, k, v)", HEADS.replace("b,6,t", "b,h,t")),
         *(("rank", "y = Attention <scale = 0.5> (q, k, v)",
            HEADS.replace("float[b,6,t,4] v", f"float[{dims}] v")) for dims in ("", "4", "6,t,4")),
+        ("Attention_hhhh_grouped_zero", "y = Attention (q, k, v)",
+         HEADS.replace("b,6,t,4] v", "b,h,t,4] v")),
         *(("form", f"y = Attention <{attribute}> (q, k, v)", HEADS)
           for attribute in ("is_causal = 1", "softcap = 2.0", "softmax_precision = 10",
                             "q_num_heads = 6", "kv_num_heads = 6")),

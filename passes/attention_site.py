@@ -161,7 +161,7 @@ def _trial(site: Site) -> tuple[dict[ir.Value, tuple[int, ...]], Mapping[str | N
     sizes = _SIZES | {role: dim for role, dim in axes if isinstance(dim, int) and dim > 1}
     names = {dim.value: role for role, dim in axes if isinstance(dim, ir.SymbolicDim) and dim.value}
     for role, dim in axes:  # rows of q and of k may be of one number
-        if isinstance(dim, ir.SymbolicDim) and dim.value and names[dim.value] != role:
+        if isinstance(dim, ir.SymbolicDim) and dim.value:
             sizes[role] = sizes[names[dim.value]]
     shapes = {
         value: tuple(

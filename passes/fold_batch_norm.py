@@ -257,8 +257,7 @@ def _find(norm: ir.Node, *, behind: bool) -> _Chain | Refusal:
     product = _product_of(node) if behind else None
     linear, bias = (node, None) if product is None else (product, node)
     if linear.domain != "" or linear.op_type not in _LINEAR:
-        where = "behind" if behind else "before"
-        return Refusal("no_linear", name, f"not {where} a linear map, but {node.op_type}")
+        return Refusal("no_linear", name, f"{node.op_type} is no linear map")
     if _weight(linear) is None:
         return Refusal("not_constant", node_name(linear), "its weight is computed at run time")
     refusal = _aligned(linear, value, axis, behind=behind)
@@ -323,10 +322,8 @@ def _product_of(add: ir.Node) -> ir.Node | None:
 
 def _addition_to(product: ir.Node) -> ir.Node | None:
     """The Add of a constant behind a MatMul or Gemm, if nothing else reads the product."""
-    value = product.outputs[0]
-    uses = tuple(value.uses())
-    node = uses[0].node if len(uses) == 1 and not value.is_graph_output() else None
-    return node if node is not None and _product_of(node) is product else None
+    readers = (use.node for use in product.outputs[0].uses())
+    return next((node for node in readers if _product_of(node) is product), None)
 
 
 def _constant(value: ir.Value | None) -> np.ndarray | None:
@@ -408,8 +405,6 @@ def _bias(chain: _Chain) -> np.ndarray | Refusal:
 
 def _grouped(linear: ir.Node, weight: np.ndarray) -> np.ndarray:
     """A view of a weight as [groups, in, out, *window], in and out those of one group."""
-    if linear.op_type == "MatMul":
-        return weight[None]
     if linear.op_type == "Gemm":
         return (weight.T if facts.attribute_int(linear, "transB", 0) else weight)[None]
     groups = facts.attribute_int(linear, "group", 1)
@@ -540,7 +535,7 @@ def _sizes(chain: _Chain, weight: np.ndarray) -> tuple[int, ...]:
         return (_BATCH[0], rows, *_BATCH[1 : (rank or 2) - 1])
     if linear.op_type == "Gemm" and facts.attribute_int(linear, "transA", 0):
         return (rows, *_BATCH[:1])
-    if linear.op_type == "Gemm" or rank is None:
+    if rank is None:
         rank = facts.rank(linear.outputs[0]) or 2
     return (*_BATCH[: rank - 1], rows)
 
@@ -557,7 +552,9 @@ def _run(nodes: Iterable[ir.Node], x: ir.Value, feed: np.ndarray, opset: int) ->
         if node.op_type in _REGROUPS:
             target = f"{proto.output[0]}_rows"
             proto = onnx.helper.make_node("Reshape", [proto.input[0], target], proto.output)
-            leading = [1] * ((facts.rank(node.outputs[0]) or 2) - 2)
+            rank = facts.rank(node.outputs[0])
+            assert rank is not None  # or it would not have been crossed
+            leading = [1] * (rank - 2)
             arrays[proto.input[1]] = np.array([*leading, -1, facts.last_dim(node.outputs[0])])
         else:
             proto.attribute.extend(kept)

@@ -47,7 +47,7 @@ class FoldConstants(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, modified)
 
     def _fold(self, node: ir.Node, opset: int) -> np.ndarray | None:
-        if node.domain != "" or len(node.outputs) != 1 or node.outputs[0].is_graph_output():
+        if node.domain != "" or node.outputs[0].is_graph_output():
             return None
         if node.op_type == "Gather":
             known = _gathered_dim(node)
@@ -87,11 +87,10 @@ def _static_shape(node: ir.Node) -> np.ndarray | None:
     assert source is not None
     if source.shape is None:
         return None
-    dims = list(source.shape)
-    if node.op_type == "Shape":
-        start = facts.attribute_int(node, "start", 0)
-        end = facts.attribute_int(node, "end", len(dims))
-        dims = dims[slice(start, end)]
+    # Size has neither attribute: it reads all of them.
+    start = facts.attribute_int(node, "start", 0)
+    end = facts.attribute_int(node, "end", source.shape.rank())
+    dims = list(source.shape)[start:end]
     if not all(isinstance(dim, int) for dim in dims):
         return None
     sizes = np.array(dims, np.int64)
@@ -118,9 +117,7 @@ def _gathered_dim(node: ir.Node) -> np.ndarray | None:
 
 def _replace(graph: ir.Graph, node: ir.Node, array: np.ndarray) -> None:
     old = node.outputs[0]
-    name = old.name
-    old.name = f"{name}_unfolded"
-    new = ir.val(name, const_value=ir.tensor(array, name=name))
+    new = ir.val(old.name, const_value=ir.tensor(array, name=old.name))
     old.replace_all_uses_with(new)
     graph.remove(node, safe=True)
     graph.register_initializer(new)

@@ -86,10 +86,11 @@ class FuseAttention(Rule):
         speller.scalar("scale", 0.5)
         speller.values["mask"] = tensor("mask", (2, 1, 5, 7))
         for name, rows, columns in (("q", 5, 4), ("v", 7, 6)):
-            value = tensor(name, ((2, 3, rows, columns), (2, rows, 3, columns))[speller.pick(2)])
-            if value.shape is not None and value.shape[2] == 3:
-                value = speller.node("Transpose", [value], perm=_SEQUENCE)
-            speller.values[name] = value
+            if speller.pick(2):
+                value = tensor(name, (2, rows, 3, columns))
+                speller.values[name] = speller.node("Transpose", [value], perm=_SEQUENCE)
+            else:
+                speller.values[name] = tensor(name, (2, 3, rows, columns))
         form = speller.pick(3)
         keys = tensor("k", (2, 7, 3, 4) if form == 1 else (2, 3, 7, 4))
         if form < 2:
@@ -106,9 +107,9 @@ class FuseAttention(Rule):
         node, moves = root, []
         if root.op_type == "Transpose":
             moves = [root, *_read_idle(root)]
-            value = moves[-1].inputs[0]
-            found = value.producer() if value is not None else None
-            if facts.permutation(root) != _SEQUENCE or value is None or not is_inside(value):
+            value = input_of(moves[-1])
+            found = value.producer()
+            if facts.permutation(root) != _SEQUENCE or not is_inside(value):
                 return None
             if found is None or found.op_type not in ("MatMul", "Attention") or found.domain != "":
                 return None
@@ -153,8 +154,8 @@ def _read_written(product: ir.Node) -> Site | None:
         Refused: it is one that cannot be fused.
     """
     weights, v = product.inputs
-    if weights is None or v is None:
-        return None
+    assert weights is not None
+    assert v is not None
     nodes = [product]
     weights, empty = _read_safe(weights, nodes)
     softmax = facts.made_by(weights, "Softmax")
@@ -226,15 +227,16 @@ def _read_scores(site: Site, scores: ir.Value) -> ir.Node:
             raise Refused("two_masks", node, "two masks are added to the scores")
         if site.scale != 1.0:
             raise Refused("scaled_mask", node, "the mask is scaled with the scores")
-        operands = [value for value in node.inputs if value is not None and _has_product(value)]
+        added = [value for value in node.inputs if value is not None]
+        operands = [value for value in added if _has_product(value)]
         if not operands:
-            found = [code for value in node.inputs for code in _obstacles(value)]
+            found = [code for value in added for code in _obstacles(value)]
             detail = f"{node_name(node)} adds no product of q and k"
             raise Refused(found[0] if found else "scores", node, detail)
         if len(operands) != 1:
             raise Refused("scores", node, f"both sides of {node_name(node)} are products")
         (scores,) = operands
-        (site.mask,) = (value for value in node.inputs if value is not scores)
+        (site.mask,) = (value for value in added if value is not scores)
 
 
 def _has_product(value: ir.Value) -> bool:
@@ -249,12 +251,11 @@ def _has_product(value: ir.Value) -> bool:
     return any(operand is not None and _has_product(operand) for operand in node.inputs)
 
 
-def _obstacles(value: ir.Value | None) -> list[str]:
+def _obstacles(value: ir.Value) -> list[str]:
     """Why a value is no product, if it is known, behind factors."""
-    node = value.producer() if value is not None else None
+    node = value.producer()
     while node is not None and node.op_type in ("Mul", "Div"):
-        value = node.inputs[0]
-        node = value.producer() if value is not None else None
+        node = input_of(node).producer()
     return [_SCORE_OPS[node.op_type]] if node is not None and node.op_type in _SCORE_OPS else []
 
 
@@ -330,7 +331,7 @@ def _read_flat_swap(site: Site, keys: ir.Value) -> ir.Value:
 def _read_groups(site: Site) -> None:
     """Through the repetition of heads of k and v, if both are the same."""
     k, v = _read_repeat(site.k), _read_repeat(site.v)
-    if k is None or v is None or site.q.shape is None or site.q.shape.rank() != 4:
+    if k is None or v is None or facts.rank(site.q) != 4:
         return
     heads, repeated = k.source.shape[1], k.result.shape[1]  # type: ignore[index]
     if v.source.shape[1] != heads or site.q.shape[1] != repeated:  # type: ignore[index]
@@ -435,10 +436,9 @@ def _covers(mask: ir.Value, k: ir.Value) -> bool:
 
 
 def _same_heads(q: ir.Value, k: ir.Value, v: ir.Value) -> bool:
-    shapes = [value.shape for value in (q, k, v)]
-    if any(shape is None or shape.rank() != 4 for shape in shapes):
+    if any(facts.rank(value) != 4 for value in (q, k, v)):
         return False
-    return all(same((shape[1],), (shapes[0][1],)) for shape in shapes[1:])  # type: ignore[index]
+    return all(same((value.shape[1],), (q.shape[1],)) for value in (k, v))  # type: ignore[index]
 
 
 def _add_masks(graph: ir.Graph) -> bool:

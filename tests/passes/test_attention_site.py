@@ -10,7 +10,7 @@ from fusenorm.passes.fuse_attention import FuseAttention
 from fusenorm.passes.pattern import Miss
 from fusenorm.passes.rewrite import Rewrite
 from tests.graphs import outcome
-from tests.passes.test_rotary import CACHED, NUMBERS, TAIL
+from tests.passes.test_rotary import CACHED, NUMBERS, TAIL, WRITTEN
 
 SWAP = "kk = Transpose <perm = [0, 1, 3, 2]> (k)\n"
 REST = "d = MatMul (q, kk)\n e = Mul (d, c)\n a = Add (e, m)\n p = Softmax (a)\n y = MatMul (p, v)"
@@ -40,6 +40,11 @@ def made(body: str, inputs: str) -> Rewrite:
          [(2, 6, 7, 4), (2, 6, 7, 4), (2, 6, 7, 3), (7, 7)]),
         (SWAP + REST, "float[9,8,s,4] q, float[b,h,t,4] k, float[b,h,11,3] v, float[s,t] m",
          [(9, 8, 5, 4), (9, 8, 11, 4), (9, 8, 11, 3), (5, 11)]),
+        (SWAP + REST, "float[b,2,s,4] q, float[b,h,t,4] k, float[b,h,t,3] v, float[s,t] m",
+         [(2, 2, 5, 4), (2, 2, 7, 4), (2, 2, 7, 3), (5, 7)]),
+        # sizes without a name
+        (SWAP + REST, "float[?,6,?,4] q, float[?,6,?,4] k, float[?,6,?,3] v, float[s,t] m",
+         [(2, 6, 5, 4), (2, 6, 7, 4), (2, 6, 7, 3), (5, 7)]),
         # heads of different names are as many, unless they are shared
         (SWAP + REST, "float[b,h,s,4] q, float[b,g,t,4] k, float[b,f,t,3] v, float[s,t] m",
          [(2, 6, 5, 4), (2, 6, 7, 4), (2, 6, 7, 3), (5, 7)]),
@@ -52,12 +57,18 @@ def made(body: str, inputs: str) -> Rewrite:
         (TURNED, "float[b,s,h,4] q, float[b,t,h,4] k, float[b,t,h,3] v, float[s,t] m",
          [(2, 5, 6, 4), (2, 7, 6, 4), (2, 7, 6, 3), (5, 7)]),
         # positions: as many as rows of k
+        (WRITTEN, "float[b,h,s,8] q, float[b,h,t,8] k, float[b,h,t,3] v, "
+         "float[4,1,s,8] cos, float[4,1,s,8] sin",
+         [(4, 6, 5, 8), (4, 6, 5, 8), (4, 6, 5, 3), (4, 1, 5, 8), (4, 1, 5, 8)]),
         (CACHED + TAIL, "float[b,6,s,8] q, float[b,6,t,8] k, float[b,6,t,3] v, "
          "float[b,s,4] cos, float[b,s,4] sin",
          [(2, 6, 5, 8), (2, 6, 5, 8), (2, 6, 5, 3), (2, 5, 4), (2, 5, 4)]),
         (CACHED + TAIL, "float[b,6,s,8] q, float[b,6,t,8] k, float[b,6,t,3] v, "
          "float[d,u,4] cos, float[d,u,4] sin",
          [(2, 6, 5, 8), (2, 6, 5, 8), (2, 6, 5, 3), (2, 5, 4), (2, 5, 4)]),
+        (CACHED + TAIL, "float[b,h,s,8] q, float[b,h,t,8] k, float[b,h,t,3] v, "
+         "float[4,s,4] cos, float[4,s,4] sin",
+         [(4, 6, 5, 8), (4, 6, 5, 8), (4, 6, 5, 3), (4, 5, 4), (4, 5, 4)]),
     ],
 )  # fmt: skip
 def test_shapes_tried(body: str, inputs: str, shapes: list[tuple[int, ...]]) -> None:
@@ -88,8 +99,10 @@ def test_a_shape_of_sizes_that_no_operand_has() -> None:
     given = ir.val("given")
     node = ir.node("MatMul", [q, q])
     site = Site(node, q, q, q, computed={given: like}, nodes=[node])
-    assert rewrite_of(node, site).computed == {given: (2, 2, 7, 4)}
+    rewrite = rewrite_of(node, site)
+    assert rewrite.spec.op_type == "Attention_hhhh"
+    assert rewrite.computed == {given: (2, 2, 7, 4)}
     like.shape = ir.Shape(["b", 2, "n", 4])
-    with pytest.raises(Refused, match="like has a size found nowhere else") as refused:
+    with pytest.raises(Refused, match=r"^like has a size found nowhere else") as refused:
         rewrite_of(node, site)
     assert refused.value.refusal.code == "shapes_not_proved"

@@ -205,6 +205,7 @@ def test_shapes_and_sizes(body: str, kind: str, result: object) -> None:
         ([0], "float[2,s,h]", [2]),
         ([0], "float[b,3,8]", None),
         ([3], "float[b,3,8]", None),
+        ([4], "float[b,3,8]", None),
         ([-4], "float[b,3,8]", None),
         ([1, 2], "float[b,3,8]", None),
         ([-1], "float[b,s,h]", None),
@@ -236,11 +237,15 @@ def test_a_gather_of_something_else(body: str) -> None:
     assert folded(body, "float[b,3,h] x, int64[1] ints", constants=constants) is None
 
 
-def test_a_dimension_only_annotation_knows() -> None:
+@pytest.mark.parametrize(
+    ("index", "known", "result"),
+    [(-1, "", 4), (1, "", None), (1, "float[p,q] r", 4), (0, "float[p,q] r", None)],
+)
+def test_a_dimension_only_annotation_knows(index: int, known: str, result: int | None) -> None:
     body = "r = Reshape(x, to)\ns = Shape(r)\nc = Gather(s, i)"
-    constants = {"to": np.array([-1, 4]), "i": np.array([-1])}
-    array = folded(body, "float[b,s] x", constants=constants)
-    np.testing.assert_array_equal(array, [4])
+    constants = {"to": np.array([-1, 4]), "i": np.array([index])}
+    array = folded(body, "float[b,s] x", constants=constants, known=known)
+    assert (None if array is None else array.tolist()) == (None if result is None else [result])
 
 
 def test_branches_are_folded_where_they_are() -> None:

@@ -10,11 +10,12 @@ import pytest
 import fusenorm
 from fusenorm.passes import facts
 from fusenorm.passes.fuse_attention import FuseAttention, FuseAttentions
-from fusenorm.passes.rewrite import MISS_KEY
+from fusenorm.passes.pattern import Miss
+from fusenorm.passes.rewrite import MISS_KEY, Rewrite
 from fusenorm.passes.speller import Speller, spellings
 from fusenorm.passes.validate import Validator
 from fusenorm.passes.verify_graph import verify_graph
-from tests.graphs import model, proposed, rows, run
+from tests.graphs import model, outcome, proposed, rows, run
 
 HEADS = "float[b,6,s,4] q, float[b,6,t,4] k, float[b,6,t,4] v, float[b,1,s,t] m"
 SEQUENCE = "float[b,s,6,4] q, float[b,t,6,4] k, float[b,t,6,4] v, float[b,1,s,t] m"
@@ -84,7 +85,10 @@ def _write(speller: Speller) -> ir.Value:
 
 @pytest.mark.parametrize("opset", [13, 18, 23])
 def test_every_spelling_fuses_and_agrees(opset: int) -> None:
-    found = [fuse(ir.to_proto(spelled))[1:] for spelled in spellings(_write, opset=opset, limit=60)]
+    spelled = [ir.to_proto(work) for work in spellings(_write, opset=opset, limit=60)]
+    factors = {sum(n.op_type in ("Mul", "Div") for n in proto.graph.node) for proto in spelled}
+    assert factors == {0, 1, 2, 3}  # on the scores, on both operands
+    found = [fuse(proto)[1:] for proto in spelled]
     assert len(found) == 60
     assert all(len(fused) == 1 and not codes for fused, codes in found)
     layouts = {fused[0].removesuffix("_mask") for fused, _ in found}
@@ -103,8 +107,21 @@ FLAT_KEYS = TURN + WRITTEN.removeprefix(KEYS) + TAIL
 COPY = "{0}u = Unsqueeze ({0}, two)\n {0}e = Expand ({0}u, five)\n {0}r = Reshape ({0}e, whole)\n"
 COPIED = COPY.format("k") + COPY.format("v") + WRITTEN.replace("(k)", "(kr)")
 COPIED += TAIL.replace("v)", "vr)")
+REPEATS = "n = Shape (reps)\n spread = Concat <axis = 0> (first, first, n, first, first)\n"
 STANDARD = "y = Attention <scale = 0.5> (q, k, v, m)"
+MOVED = """qh = Transpose <perm = [0, 2, 1, 3]> (q)\n vh = Transpose <perm = [0, 2, 1, 3]> (v)
+    kt = Transpose <perm = [0, 2, 3, 1]> (k)\n d = MatMul (qh, kt)\n a = Mul (d, c)
+    p = Softmax (a)\n o = MatMul (p, vh)\n"""
+GIVEN = (
+    "bs = Shape <start = 0, end = 1> (k)\n"
+    "spread = Concat <axis = 0> (bs, first, three, first, first)\n"
+    "shaped = Concat <axis = 0> (bs, six_heads, seven, four)\n"
+)
 NUMBERS = {
+    "three": np.array([3]),
+    "four": np.array([4]),
+    "six_heads": np.array([6]),
+    "seven": np.array([7]),
     "c": np.array(0.5, np.float32),
     "z": np.array(0, np.float32),
     "one": np.array(1, np.float32),
@@ -117,6 +134,11 @@ NUMBERS = {
     "flat_heads": np.array([2, 42, 4]),
     "full": np.array([2, 6, 4, 7]),
     "full_swapped": np.array([6, 2, 4, 7]),
+    "full_six": np.array([2, 6, 6, 4]),
+    "whole_one": np.array([2, 1, 7, 4]),
+    "whole_three": np.array([2, 3, 7, 4]),
+    "five_ones": np.array([1, 1, 1, 1, 1]),
+    "low": np.array(-1e30, np.float32),
     "two": np.array([2]),
     "minus3": np.array([-3]),
     "first": np.array([1]),
@@ -161,6 +183,7 @@ NUMBERS = {
         ("Attention_hhhh_mask", "n = MatMul (q, w47)\n" + ADDED.format("n"), HEADS),
         ("Attention_hhhh_mask", PRODUCT + "l = Neg (n)\n" + ADDED.format("l"), HEADS),
         ("types", PRODUCT + "l = other.Mul (n, c)\n" + ADDED.format("l"), HEADS),
+        ("Attention_hhhh_mask", "l = Mul (m, c)\n" + ADDED.format("l"), HEADS),
         ("scores", PRODUCT + ADDED.format("n"), HEADS),
         ("scores", PRODUCT + "l = Mul (c, n)\n" + ADDED.format("l"), HEADS),
         ("scores", PRODUCT + "l = Div (n, c)\n" + ADDED.format("l"), HEADS),
@@ -169,6 +192,8 @@ NUMBERS = {
         ("scores", "t = Neg (m)\n l = Mul (t, c)\n a = Add (l, m)\n" + TAIL, HEADS),
         ("softcap", "t = Tanh (m)\n l = Mul (t, c)\n a = Add (l, m)\n" + TAIL, HEADS),
         ("softcap", "t = Tanh (m)\n l = Div (t, c)\n a = Add (m, l)\n" + TAIL, HEADS),
+        ("mask_select", WRITTEN + "b = Where (mb, a, low)\n" + TAIL.replace("(a)", "(b)"), HEADS),
+        ("mask_select", "t = Where (mb, m, low)\n a = Add (t, m)\n" + TAIL, HEADS),
         ("two_masks", ADDED.format("m").replace("p =", "f = Add (a, m)\n p =").replace(
             "Softmax (a)", "Softmax (f)"), HEADS),
         ("scaled_mask", KEYS + "d = MatMul (q, kt)\n e = Add (d, m)\n a = Mul (e, c)\n" + TAIL,
@@ -207,6 +232,17 @@ NUMBERS = {
         ("Attention_hhhh", COPIED, SHARED.replace("float[2,6,5,4] q", "float[2,3,5,4] q")),
         ("Attention_hhhh", COPIED, SHARED.replace("2,2,7,4] v", "2,1,14,4] v")),
         ("Attention_hhhh", COPIED.replace("whole", "whole_mixed"), SHARED),
+        ("Attention_hhhh", COPIED, SHARED.replace("2,2,7,4] k", "2,h,7,4] k")),
+        ("Attention_hhhh", REPEATS + COPIED.replace("five", "spread"), SHARED),
+        ("rank", COPIED, SHARED.replace("float[2,6,5,4] q", "float[] q")),
+        ("rank", COPIED, SHARED.replace("float[2,6,5,4] q", "float[4] q")),
+        # one head of q and k for three of v
+        ("Attention_hhhh", COPIED.replace("ku, five", "ku, five_ones").replace(
+            "ke, whole", "ke, whole_one").replace("ve, whole", "ve, whole_three"),
+         "float[2,1,5,4] q, float[2,1,7,4] k, float[2,1,7,4] v"),
+        # rows of k repeated, not its heads
+        ("Attention_hshh", COPIED.replace("whole", "full_six").replace("1, 3, 2", "2, 3, 1"),
+         "float[2,6,5,4] q, float[2,2,6,4] k, float[2,2,6,4] v"),
         # operands
         ("rank", WRITTEN + TAIL, HEADS.replace("float[b,6,t,4] v", "float[6,t,4] v")),
         ("rank", WRITTEN + TAIL, HEADS.replace("float[b,6,s,4] q", "float[] q")),
@@ -221,6 +257,8 @@ NUMBERS = {
         ("Attention_hhhs", WRITTEN + TAIL.replace("y =", "o =") + "\n" + OUTER, HEADS),
         (None, WRITTEN + TAIL.replace("y =", "o =") + "\n" + OUTER.replace("0, 2", "2, 0"), HEADS),
         (None, WRITTEN + TAIL.replace("y =", "o =") + "\n r = Neg (o)\n" + OUTER, HEADS),
+        (None, WRITTEN + TAIL.replace("y =", "o =") + "\n i = Reshape (o, any)\n"
+         + OUTER.replace("(o)", "(i)"), HEADS + ", int64[] any"),
         (None, OUTER.replace("(o)", "(q)"), HEADS),
         (None, "o = Neg (q)\n" + OUTER, HEADS),
         (None, "o = other.MatMul (q, k)\n" + OUTER, HEADS),
@@ -237,6 +275,10 @@ NUMBERS = {
         ("Attention_hhhh_mask_zero", STANDARD, HEADS.replace("[b,1,s,t]", "[s,1]")),
         ("Attention_hhhh_mask_grouped_zero", STANDARD, GROUPED),
         ("Attention_hhhh_grouped_zero", "y = Attention (q, k, v)", HEADS.replace("b,6,t", "b,h,t")),
+        *(("rank", "y = Attention <scale = 0.5> (q, k, v)",
+           HEADS.replace("float[b,6,t,4] v", f"float[{dims}] v")) for dims in ("", "4", "6,t,4")),
+        ("Attention_hhhh_grouped_zero", "y = Attention (q, k, v)",
+         HEADS.replace("b,6,t,4] v", "b,h,t,4] v")),
         *(("form", f"y = Attention <{attribute}> (q, k, v)", HEADS)
           for attribute in ("is_causal = 1", "softcap = 2.0", "softmax_precision = 10",
                             "q_num_heads = 6", "kv_num_heads = 6")),
@@ -247,13 +289,50 @@ NUMBERS = {
     ],
 )  # fmt: skip
 def test_proposals(found: str | None, body: str, inputs: str) -> None:
-    inputs += ", float[b,6,4,t] u, bool[b,6,s,t] mb"
+    inputs += ", float[b,6,4,t] u, bool[b,6,s,t] mb, float[n] reps"
     assert proposed(FuseAttention(), body, inputs, constants=NUMBERS, opset=23) == found
 
 
-MOVED = """qh = Transpose <perm = [0, 2, 1, 3]> (q)\n vh = Transpose <perm = [0, 2, 1, 3]> (v)
-    kt = Transpose <perm = [0, 2, 3, 1]> (k)\n d = MatMul (qh, kt)\n a = Mul (d, c)
-    p = Softmax (a)\n o = MatMul (p, vh)\n"""
+@pytest.mark.parametrize(
+    ("body", "inputs", "computed"),
+    [
+        (ADDED.format("m"), HEADS, set()),
+        (PLAIN_SAFE, HEADS, set()),
+        (FLAT_KEYS, STATIC, set()),
+        (COPIED, SHARED, set()),
+        (GIVEN + COPIED.replace("five", "spread"), SHARED, {"spread"}),
+        (GIVEN + COPIED.replace("(ke, whole)", "(ke, shaped)"), SHARED, {"shaped"}),
+        (MOVED + OUTER, SEQUENCE, set()),
+        (MOVED + "h = Shape (qh)\n i = Reshape (o, h)\n" + OUTER.replace("(o)", "(i)"), SEQUENCE,
+         {"h"}),
+    ],
+)  # fmt: skip
+def test_what_a_proposal_replaces(body: str, inputs: str, computed: set[str]) -> None:
+    """Every node but those that compute a shape, and the shapes nothing else need compute."""
+    found = outcome(FuseAttention(), body, inputs, constants=NUMBERS, opset=23)
+    assert isinstance(found, Rewrite), found
+    assert {value.name for value in found.computed} == computed
+    (graph,) = {node.graph for node in found.nodes}
+    assert graph is not None
+    kept = {"Shape", "Concat"}
+    assert set(found.nodes) == {node for node in graph if node.op_type not in kept}
+
+
+@pytest.mark.parametrize(
+    ("body", "node"),
+    [
+        (FLAT_KEYS.replace("0, 2, 1", "0, 1, 2"), "kp"),
+        (FLAT_KEYS.replace("flat", "flat_turned"), "kt"),
+        (FLAT_KEYS.replace("Transpose <perm = [0, 2, 1]>", "Neg"), "kp"),
+    ],
+)
+def test_where_keys_are_no_transpose(body: str, node: str) -> None:
+    found = outcome(FuseAttention(), body, STATIC, constants=NUMBERS, opset=23)
+    assert isinstance(found, Miss)
+    assert found.refusal is not None
+    assert (found.refusal.code, found.refusal.node) == ("keys", node)
+
+
 SAFE = "p = Softmax (a)\n n = IsNaN (p)\n w = Where (n, z, p)\n y = MatMul (w, v)"
 REPEAT = """{0}u = Unsqueeze ({0}, two)\n {0}e = Expand ({0}u, spread)
     {0}r = Reshape ({0}e, whole)\n"""

@@ -10,6 +10,7 @@ import pytest
 
 from fusenorm.ops import DOMAIN, Gated, Norm
 from fusenorm.passes.fuse_activation import FuseGelu, FuseGeluTanh, FuseRelu2, FuseSwish
+from fusenorm.passes.fuse_attention import FuseAttention
 from fusenorm.passes.fuse_norm import FuseLayerNorm, FuseRMSNorm, NormNode, as_row, read_norm
 from fusenorm.passes.fuse_residual import FuseResidual
 from fusenorm.passes.infer_shapes import InferShapes
@@ -494,6 +495,7 @@ def test_a_swish_of_an_unknown_type_is_no_candidate() -> None:
 @pytest.mark.parametrize(
     ("rule", "name", "op", "roots"),
     [
+        (FuseAttention(), "attention", "Attention", {"MatMul", "Transpose", "Attention"}),
         (FuseGelu(), "gelu", "Gelu", {"Mul", "Div", "Cast"}),
         (FuseGeluTanh(), "gelu_tanh", "Gelu", {"Mul", "Div", "Cast"}),
         (FuseSwish(), "swish", "Swish", {"Mul", "Div", "Cast", "Swish"}),

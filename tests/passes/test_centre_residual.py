@@ -272,7 +272,7 @@ STREAMS: dict[str, list[tuple[tuple[str, ...], str | None, str]]] = {
     "e = Reshape (x, pairs)\ny = LayerNormalization (e, narrow)": [
         (("y",), "writer", "made by Reshape")],
     "e = Add (x, two)\ny = LayerNormalization (e, g)": [(("y",), "writer", "made by Add")],
-    "e = Add (x, given)\ny = LayerNormalization (e, g)": [(("y",), "writer", "is an input")],
+    "e = Add (x, given)\ny = LayerNormalization (e, g)": [(("y",), "writer", "is an input,")],
     "e = other.Add (a, x)\ny = LayerNormalization (e, g)": [(("y",), "writer", "made by Add")],
     "e = other.Gather (free, ids)\ny = LayerNormalization (e, g)": [
         (("y",), "writer", "made by Gather")],

@@ -187,6 +187,12 @@ def test_a_norm_with_a_bias_only() -> None:
     assert kinds(work) == ["LayerNorm_noscale", "Linear_bias"]
 
 
+def test_rows_of_unknown_rank() -> None:
+    body = "x = other.Rows (q)\nn = fusenorm.LayerNorm_noscale_bias <epsilon = 1e-5> (x, b)\n" + MAP
+    work = _fold(body, {"b": CONSTANTS["b"], "w": CONSTANTS["w"]}, "float[b,s,8] q")
+    assert kinds(work) == ["LayerNorm_noscale", "Linear_bias"]
+
+
 def test_the_numbers_are_rounded_once() -> None:
     work, _ = lowered(LN + "h = MatMul (n, w)\ny = Add (h, c)")
     _, weight, bias = next(n for n in work.graph if n.op_type == "Linear_bias").inputs

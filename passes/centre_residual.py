@@ -111,9 +111,9 @@ class CentreResidual(ir.passes.InPlacePass):
                 stream = _Stream(width)
                 _follow(stream, node)
                 output, *writers = (str(value.name) for value in (node.outputs[0], *stream.writers))
+                names = tuple(node_name(norm) for norm in stream.norms)  # before they change
                 _centre(model, stream, opset)
                 modified |= stream.refusal is None
-                names = tuple(node_name(norm) for norm in stream.norms)
                 streams.append(Outcome(output, names, tuple(writers), stream.refusal))
                 done.update(stream.norms)
         return ir.passes.PassResult(model, modified)
@@ -189,11 +189,8 @@ def _is_inner(stream: _Stream, node: ir.Node) -> bool:
         return False
     rows = node.inputs[:1] if node.op_type == "Reshape" else node.inputs
     values = (*rows, node.outputs[0])
-    if any(value is None or facts.last_dim(value) != stream.width for value in values):
-        return False
-    axis = facts.attribute_int(node, "axis", 0)
-    rank = facts.rank(node.outputs[0])
-    return node.op_type != "Concat" or (rank is not None and axis % rank != rank - 1)
+    # Of a Concat along the rows the result is wider, so no row is cut or joined.
+    return all(value is not None and facts.last_dim(value) == stream.width for value in values)
 
 
 # -- centring it

@@ -10,11 +10,12 @@ import pytest
 import fusenorm
 from fusenorm.ops import DOMAIN
 from fusenorm.ops.linear import unpack
-from fusenorm.passes.centre_residual import CentreResidual
+from fusenorm.passes.centre_residual import STREAMS_KEY, CentreResidual
+from fusenorm.passes.infer_shapes import InferShapes
 from fusenorm.pipeline import Options, lower_regions
 from fusenorm.report import CENTRED_STREAM, Site
 from tests import corpus
-from tests.graphs import model, rows, run
+from tests.graphs import model, rows, run, values
 
 K, IDS = 32, "int64[b,s] ids"
 CONSTANTS = {
@@ -121,6 +122,11 @@ CENTRED = {
         ["RMSNorm_bias", "SkipRMSNorm_bias"],
         ["a", "f", "start"],
     ),
+    "a constant in the sum of a norm without bias": (
+        "a = Gather (table, ids)\nx = Add (a, start)\ny = LayerNormalization (x, g)",
+        ["SkipRMSNorm"],
+        ["a", "start"],
+    ),
 }  # fmt: skip
 START = {"start": rows(2, 1, K, seed=9)}
 
@@ -137,6 +143,14 @@ def test_centres(case: str) -> None:
     assert sorted(site.attributes["writers"]) == sorted(writers)
     assert len(site.nodes) == len(wanted)
     assert site.attributes["rule"] == "centre_residual"
+
+
+def test_a_map_of_rows_of_unknown_width() -> None:
+    body = "f = MatMul (h, w)\nx = Add (q, f)\ny = LayerNormalization (x, g, b)"
+    more = {"w": rows(4, K)}
+    _, (site,) = lowered(f"q = Gather (table, ids)\n{body}", f"{IDS}, float[b,s,k] h",
+                         constants=more)  # fmt: skip
+    assert site.status == "fused"
 
 
 def test_the_writers_have_mean_zero_and_are_rounded_once() -> None:
@@ -241,6 +255,51 @@ def test_refuses(reason: str, case: tuple[str, str, str]) -> None:
     made = sum(len(site.nodes) for site in sites if site.status == "fused")
     assert sum("RMSNorm_" in kind for kind in norms(work)) == made
     assert set(work.graph.initializers) >= {"g", "b"}
+
+
+TABLES = "a = Gather (table, ids)\nx = Gather (other, ids)\n"
+# Graphs of gathered rows: the norms of each stream, why it stays, and a word of the detail.
+STREAMS: dict[str, list[tuple[tuple[str, ...], str | None, str]]] = {
+    "e = Add (a, x)\ny = LayerNormalization (e, g)": [(("y",), None, "")],
+    "e = Concat <axis: int = 0> (a, x)\ny = LayerNormalization (e, g)": [(("y",), None, "")],
+    "e = Concat <axis: int = 1> (a, x)\ny = LayerNormalization (e, g)": [(("y",), None, "")],
+    "e = Concat <axis: int = -1> (a, x)\ny = LayerNormalization (e, wide)": [
+        (("y",), "writer", "made by Concat")],
+    "e = Concat <axis: int = 2> (a, x)\nn = LayerNormalization (a, g)\n"
+    "y = LayerNormalization (e, wide)": [
+        (("n",), "reader", "Concat sees"), (("y",), "writer", "made by Concat")],
+    "e = Reshape (x, rank2)\ny = LayerNormalization (e, g)": [(("y",), None, "")],
+    "e = Reshape (x, pairs)\ny = LayerNormalization (e, narrow)": [
+        (("y",), "writer", "made by Reshape")],
+    "e = Add (x, two)\ny = LayerNormalization (e, g)": [(("y",), "writer", "made by Add")],
+    "e = Add (x, given)\ny = LayerNormalization (e, g)": [(("y",), "writer", "is an input,")],
+    "e = other.Add (a, x)\ny = LayerNormalization (e, g)": [(("y",), "writer", "made by Add")],
+    "e = other.Gather (free, ids)\ny = LayerNormalization (e, g)": [
+        (("y",), "writer", "made by Gather")],
+    "e = Mul (free, column)\ny = LayerNormalization (e, g)": [
+        (("y",), "writer", "made by Mul")],
+    # What reads a result of the stream's reader is no part of the stream.
+    "n = LayerNormalization (x, g)\ne = Relu (x)\ny = LayerNormalization (e, g)": [
+        (("n",), "reader", "Relu sees"), (("y",), "writer", "made by Relu")],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("body", STREAMS)
+def test_what_belongs_to_a_stream(body: str) -> None:
+    more = {"wide": rows(2 * K), "narrow": rows(16), "free": rows(50, K)}
+    found = values(
+        TABLES + body, f"int64[2,3] ids, float[2,3,{K}] given, float[50,1] column",
+        known=f"float[2,3,{K}] e" if "other." in body else "", constants=CONSTANTS | more,
+    )  # fmt: skip
+    graph = found["y"].producer().graph  # type: ignore[union-attr]
+    found["y"].type = None  # to be inferred
+    work = ir.Model(graph, ir_version=8)  # type: ignore[arg-type]
+    InferShapes()(work)
+    CentreResidual()(work)
+    for outcome, (read, code, word) in zip(work.meta[STREAMS_KEY], STREAMS[body], strict=True):
+        assert outcome.norms == read
+        assert (outcome.refusal.code if outcome.refusal else None) == code
+        assert outcome.refusal is None or word in outcome.refusal.detail
 
 
 def test_16_bit_streams_stay() -> None:

@@ -89,6 +89,10 @@ FOLDED = {
         "n = LayerNormalization (x, g, zero)\n" + MAP,
         ["LayerNorm_noscale", "Linear"],
     ),
+    "a scale of zeros": (
+        "n = LayerNormalization (x, zero, b)\n" + MAP,
+        ["LayerNorm_noscale", "Linear_bias"],
+    ),
     "a map with a bias": (
         LN + "h = MatMul (n, w)\ny = Add (h, c)",
         ["LayerNorm_noscale", "Linear_bias"],
@@ -142,6 +146,16 @@ def test_folds(case: str) -> None:
     assert not set(work.graph.initializers) & {"g", "b", "w", "v", "zero"}
 
 
+@pytest.mark.parametrize("leading", [("s",), ("b", "s"), ("b", "h", "s")])
+def test_an_axis_counted_from_the_front(leading: tuple[str, ...]) -> None:
+    """The proof's rows have as many axes as the model's."""
+    norm = f"n = LayerNormalization <axis: int = {len(leading)}> (x, g, b)\n"
+    lead = ",".join(leading)
+    work, (site,) = lowered(norm + MAP, f"float[{lead},8] x", f"float[{lead},64] y")
+    assert (site.status, site.reason) == ("fused", None)
+    assert kinds(work) == ["LayerNorm_noscale", "Linear_bias"]
+
+
 def test_the_residual_sum_stays_an_output() -> None:
     body = f"r = Add (x, f)\nn = LayerNormalization (r, g, b)\n{MAP}"
     work, (site,) = lowered(body, f"{X}, float[b,s,8] f", f"{Y}, float[b,s,8] r")
@@ -170,6 +184,12 @@ def test_the_standard_rms_norm() -> None:
 def test_a_norm_with_a_bias_only() -> None:
     body = "n = fusenorm.LayerNorm_noscale_bias <epsilon = 1e-5> (x, b)\n" + MAP
     work = _fold(body, {"b": CONSTANTS["b"], "w": CONSTANTS["w"]})
+    assert kinds(work) == ["LayerNorm_noscale", "Linear_bias"]
+
+
+def test_rows_of_unknown_rank() -> None:
+    body = "x = other.Rows (q)\nn = fusenorm.LayerNorm_noscale_bias <epsilon = 1e-5> (x, b)\n" + MAP
+    work = _fold(body, {"b": CONSTANTS["b"], "w": CONSTANTS["w"]}, "float[b,s,8] q")
     assert kinds(work) == ["LayerNorm_noscale", "Linear_bias"]
 
 
@@ -212,7 +232,7 @@ REFUSED = {
     "axis": [("n = LayerNormalization <axis: int = 1> (x, grid)\n" + MAP, "float[b,3,8] x",
               "float[b,3,64] y")],
 }  # fmt: skip
-CONSTANTS |= {"grid": rows(3, 8)}
+CONSTANTS |= {"grid": rows(3, 8), "short": rows(4, 64)}
 
 
 @pytest.mark.parametrize(
@@ -231,6 +251,7 @@ def test_refuses(reason: str, case: tuple[str, str, str]) -> None:
     [
         (LN + "y = Relu (n)", "float[b,s,8] y"),
         ("h = Relu (x)\n" + MAP.replace("n,", "h,"), Y),
+        (LN + "m = Reshape (n, rank3)\ny = MatMul (m, short)", "float[b,s,2,64] y"),
         (LN + "z = Shape (n)\ny = Cast <to: int = 1> (z)", "float[r] y"),
     ],
 )
@@ -248,6 +269,12 @@ def test_a_norm_without_scale_and_bias_stays_unmentioned() -> None:
 def test_an_op_of_another_domain_reads_the_norm(op_type: str) -> None:
     body = LN + MAP + f"\nz = other.{op_type} (n, v)"
     work = _fold(body, {name: CONSTANTS[name] for name in "gbwv"}, modified=False)
+    assert "Linear" in kinds(work)
+
+
+def test_an_op_of_ours_that_is_no_map_reads_the_norm() -> None:
+    body = LN + MAP + "\nz = fusenorm.LayerNorm_noscale <epsilon = 1e-5> (n)"
+    work = _fold(body, {name: CONSTANTS[name] for name in "gbw"}, modified=False)
     assert "Linear" in kinds(work)
 
 

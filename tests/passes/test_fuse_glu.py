@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from fusenorm.passes.fuse_glu import FuseGLU
-from tests.graphs import proposed
+from fusenorm.passes.rewrite import Rewrite
+from tests.graphs import outcome, proposed
 
 PAIR = "float[b,s,8] g, float[b,s,8] u"
 PACKED = "float[b,s,16] x"
@@ -16,7 +17,7 @@ PRODUCT = "y = Mul (a, u)"
 BILINEAR = "y = Mul (g, u)"
 SIGMOID = "a = Sigmoid (g)\n" + PRODUCT
 SPLIT = "g, u = Split <axis = -1, num_outputs = 2> (x)\n"
-SCALARS = {"one": 1.0, "two": 2.0, "hi": 7.0, "lo": -7.0, "lower": -9.0, "nan": np.nan}
+SCALARS = {"zero": 0.0, "one": 1.0, "two": 2.0, "hi": 7.0, "lo": -7.0, "lower": -9.0, "nan": np.nan}
 INTEGERS = {
     "i0": [0], "i1": [1], "i2": [2], "i8": [8], "i16": [16], "end": [2**62], "last": [-1],
     "first": range(8), "second": range(8, 16), "even": range(0, 16, 2), "odd": range(1, 16, 2),
@@ -90,6 +91,26 @@ NUMBERS = {
             "float[b,s,8] g, float[b,s,8] u0",
         ),
         ("activation_clamped", "a0 = Swish (g)\na = Min (a0, hi)\n" + PRODUCT, PAIR),
+        # Nothing is left between bounds of zero.
+        (
+            "GLU_swish",
+            "g = Min (g0, zero)\nt = Clip (u0, zero, zero)\nu = Add (t, one)\na = Swish (g)\n"
+            + PRODUCT,
+            UNCLAMPED,
+        ),
+        # A bound that is computed.
+        (
+            "GLU_swish",
+            "g = Clip (g0, given, hi)\nt = Clip (u0, lo, hi)\nu = Add (t, one)\na = Swish (g)\n"
+            + PRODUCT,
+            UNCLAMPED + ", float[] given",
+        ),
+        # Half of a row times something else.
+        (
+            "GLU_sigmoid",
+            "g, r = Split <axis = -1, num_outputs = 2> (x)\n" + SIGMOID,
+            PACKED + ", float[b,s,8] u",
+        ),
         (
             "activation_shared",
             "a0 = Swish (g)\na = Min (a0, hi)\nr = Neg (a0)\nu = Clip (u0, lo, hi)\n" + PRODUCT,
@@ -222,3 +243,22 @@ def test_clamps_join_where_both_stop_at_one_limit(
     inputs = f"{UNCLAMPED}, float computed"
     kind = "GLU_swish_clampgate" if same and held else "GLU_swish"
     assert proposed(FuseGLU(), body, inputs, constants=NUMBERS, opset=24) == kind
+
+
+def test_the_number_of_a_swish_is_its_beta() -> None:
+    for attribute, beta in (("<alpha = 2.0>", 2.0), ("", 1.0)):
+        found = outcome(
+            FuseGLU(), f"a = Swish {attribute} (g)\n{PRODUCT}", PAIR, constants=NUMBERS, opset=24
+        )
+        assert isinstance(found, Rewrite)
+        assert found.attributes == {"beta": beta}
+
+
+def test_a_gate_clamped_before_and_behind_its_activation() -> None:
+    """The op has one clamp: the other stays in front."""
+    body = "g = Min (g0, two)\na0 = Swish (g)\na = Min (a0, hi)\nu = Clip (u0, lo, hi)\n"
+    found = outcome(FuseGLU(), body + PRODUCT, UNCLAMPED, constants=NUMBERS, opset=24)
+    assert isinstance(found, Rewrite)
+    assert found.spec.op_type == "GLU_swish_clampact"
+    assert [value.name for value in found.inputs] == ["g", "u0"]
+    assert found.attributes["limit"] == 7.0

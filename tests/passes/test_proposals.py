@@ -37,6 +37,7 @@ NUMBERS = {
     "k": np.float32(1.702),
     "row": np.linspace(1, 2, 8, dtype=np.float32),
     "width": np.float32(8),
+    "row3": np.linspace(1, 2, 24, dtype=np.float32).reshape(3, 8),
     "three16": np.float16(3),
     "c3_16": np.float16(0.044715),
     "root2pi_16": np.float16(np.sqrt(2 / np.pi)),
@@ -376,6 +377,11 @@ def test_rms_normalization_of_anything_else(
         ("u = Mul(x, row)\nv = Mul(r, k)\ns = Add(u, v)", ["r", "x", "row"], {"alpha": 1.702}),
         ("u = Mul(x, row)\nv = Mul(r, row)\ns = Add(u, v)", ["v", "x", "row"], {}),
         ("u = Mul(x, k)\nw = Neg(u)\ns = Add(u, r)", ["u", "r"], {}),
+        ("u = Neg(r)\ns = Add(x, u)", ["x", "u"], {}),
+        ("u = Mul(r, x)\ns = Add(x, u)", ["x", "u"], {}),
+        ("u = Mul(row, r)\ns = Add(x, u)", ["x", "r", "row"], {}),
+        ("u = Mul(x, half)\nv = Mul(r, row)\ns = Add(v, u)", ["x", "r", "row"], {"alpha": 0.5}),
+        ("u = Mul(r, row3)\ns = Add(x, u)", ["x", "u"], {}),
     ],
 )  # fmt: skip
 def test_which_operand_of_a_sum_takes_which_factor(

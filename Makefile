@@ -1,6 +1,6 @@
 # make demo    optimize a small Llama end to end (no torch needed)
 # make test    the whole test suite
-# make test-cuda-build  every CUDA kernel compiled, inspected and run on the CPU (an hour)
+# make test-cuda-build  every CUDA kernel compiled, inspected and run on the CPU (over an hour)
 # make lint    ruff and mypy
 # make test-olive  the Olive pass, in an environment of its own
 # make test-serving  the adapters on real servers, each in an environment of its own

@@ -14,7 +14,8 @@ import fusenorm
 from fusenorm.passes import facts
 from fusenorm.passes.pattern import Miss
 from fusenorm.passes.rewrite import Rewrite, Rule
-from fusenorm.report import Report
+from fusenorm.pipeline import Options, lower_regions
+from fusenorm.report import Report, Site
 
 WIDTH = 8
 
@@ -151,3 +152,31 @@ def reasons(report: Report) -> set[str | None]:
 
 def rows(*shape: int, seed: int = 0, dtype: type = np.float32) -> np.ndarray:
     return (np.random.default_rng(seed).normal(size=shape) * 2 + 0.5).astype(dtype)
+
+
+def lowered(
+    proto: onnx.ModelProto, options: Options, *, bound: float
+) -> tuple[ir.Model, list[Site]]:
+    """The lowered model and its regions; outputs must be within `bound` of max|y|."""
+    work, regions = lower_regions(fusenorm.optimize(proto).model, options=options)
+    after = ir.to_proto(work)
+    onnx.checker.check_model(after)
+    feeds = {value.name: _feed(value) for value in proto.graph.input}
+    for a, b in zip(run(proto, feeds), run(after, feeds), strict=True):
+        assert a.dtype == b.dtype
+        wide = a.astype(np.float64)
+        atol = bound * float(np.abs(wide).max())
+        np.testing.assert_allclose(b.astype(np.float64), wide, rtol=0, atol=atol)
+    return work, regions
+
+
+def _feed(value: onnx.ValueInfoProto) -> np.ndarray:
+    """Random rows, successive indices below 50, or True."""
+    dims = value.type.tensor_type.shape.dim
+    shape = [dim.dim_value or 2 + axis for axis, dim in enumerate(dims)]
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
+    if dtype.kind == "f":
+        return rows(*shape, seed=len(value.name)).astype(dtype)
+    if dtype.kind == "b":
+        return np.array(True)
+    return (np.arange(np.prod(shape)).reshape(shape) % 50).astype(dtype)

@@ -17,7 +17,7 @@ from fusenorm.passes.fold_norm import OP, FoldNorm
 from fusenorm.passes.fuse_linear import FuseLinearMaps
 from fusenorm.pipeline import Options, lower_regions
 from fusenorm.report import Site
-from tests import corpus
+from tests import corpus, graphs
 from tests.graphs import model, rows, run
 
 K, X, Y = 8, "float[b,s,8] x", "float[b,s,64] y"
@@ -54,24 +54,7 @@ def lowered(
     words = set(body.replace("(", " ").replace(")", " ").replace(",", " ").split())
     constants = {name: array for name, array in CONSTANTS.items() if name in words}
     proto = model(body, inputs, outputs, constants=constants, opset=opset)
-    work, regions = lower_regions(fusenorm.optimize(proto).model, options=options)
-    after = ir.to_proto(work)
-    onnx.checker.check_model(after)
-    feeds = {}
-    for value in proto.graph.input:
-        dims = value.type.tensor_type.shape.dim
-        shape = [dim.dim_value or 2 + axis for axis, dim in enumerate(dims)]
-        if value.type.tensor_type.elem_type == onnx.TensorProto.BOOL:
-            feeds[value.name] = np.array(True)
-        else:
-            dtype = onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
-            feeds[value.name] = rows(*shape, seed=len(value.name)).astype(dtype)
-    for a, b in zip(run(proto, feeds), run(after, feeds), strict=True):
-        assert a.dtype == b.dtype
-        wide = a.astype(np.float64)
-        np.testing.assert_allclose(
-            b.astype(np.float64), wide, rtol=0, atol=bound * np.abs(wide).max()
-        )
+    work, regions = graphs.lowered(proto, options, bound=bound)
     return work, [site for site in regions if site.op == OP]
 
 

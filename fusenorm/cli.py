@@ -37,7 +37,7 @@ from fusenorm.serving import commands
 if TYPE_CHECKING:
     from fusenorm.bench import Latency
     from fusenorm.compare import Comparison
-    from fusenorm.pipeline import Result
+    from fusenorm.pipeline import Options, Result
 
 # Models with larger weights are run to compare them only if asked to.
 COMPARED_BYTES = 2 << 30
@@ -93,6 +93,18 @@ Key = Annotated[
 ]
 Limit = Annotated[
     int | None, typer.Option("--limit", min=0, help="Make only the first N rewrites (to bisect).")
+]
+NoBatchNorm = Annotated[
+    bool, typer.Option("--no-fold-batch-norm", help="Fold no BatchNormalization into weights.")
+]
+NoFoldNorm = Annotated[
+    bool, typer.Option("--no-fold-norm", help="Fold no norm's scale and bias into weights.")
+]
+NoConcat = Annotated[
+    bool, typer.Option("--no-concat-linear", help="Keep linear maps of one input apart.")
+]
+CentreResidual = Annotated[
+    bool, typer.Option("--centre-residual", help="Make LayerNorms of a pre-norm model RMSNorms.")
 ]
 
 
@@ -159,6 +171,10 @@ def optimize(
         str, typer.Option(help="artifact: a folder with compiled kernels; onnx: one file.")
     ] = "artifact",
     limit: Limit = None,
+    no_fold_batch_norm: NoBatchNorm = False,
+    no_fold_norm: NoFoldNorm = False,
+    no_concat_linear: NoConcat = False,
+    centre_residual: CentreResidual = False,
     no_bench: Annotated[bool, typer.Option("--no-bench", help="Measure no latency.")] = False,
     no_tune: NoTune = False,
     inputs: Inputs = None,
@@ -171,9 +187,13 @@ def optimize(
     """Fuse, check, compile and save a model; report every site and the latency."""
     from fusenorm import pipeline
 
+    options = _options(no_fold_batch_norm, no_fold_norm, no_concat_linear, centre_residual, limit)
     if ray is not None:
-        if emit != "artifact" or limit is not None or inputs is not None or dim:
-            raise BadInput("--ray makes artifacts: leave --emit, --limit, --inputs, --dim out")
+        if emit != "artifact" or options != pipeline.DEFAULTS or inputs is not None or dim:
+            raise BadInput(
+                "--ray makes artifacts with every pass: leave --emit, --limit, --inputs, --dim and "
+                "the passes out"
+            )
         from fusenorm.fleet import optimize_and_report
 
         wanted = ",".join(target or ["cpu"]).split(",")
@@ -191,7 +211,7 @@ def optimize(
     if destination.exists() and model.exists() and destination.samefile(model):
         raise BadInput("the output would overwrite the model: choose another -o", file=destination)
     with _progress(as_json) as step:
-        result = pipeline.optimize(model, options=pipeline.Options(limit=limit), progress=step)
+        result = pipeline.optimize(model, options=options, progress=step)
         check = _Check(model, destination, inputs, dims)
         latency = None
         if emit == "onnx":
@@ -203,6 +223,7 @@ def optimize(
                 inputs=inputs,
                 dims=dims,
                 tune=not no_tune,
+                options=options,
                 progress=step,
             )
             artifact.save(destination, check=check)
@@ -325,6 +346,10 @@ def compile(
     model: Annotated[Path, typer.Argument(metavar="MODEL.onnx", help="A fused model.")],
     output: Output = None,
     target: Targets = None,
+    no_fold_batch_norm: NoBatchNorm = False,
+    no_fold_norm: NoFoldNorm = False,
+    no_concat_linear: NoConcat = False,
+    centre_residual: CentreResidual = False,
     no_tune: NoTune = False,
     as_json: AsJson = False,
     debug: Debug = False,
@@ -333,8 +358,11 @@ def compile(
     from fusenorm import pipeline
 
     destination = output or Path(f"{model.stem}.fnorm")
+    options = _options(no_fold_batch_norm, no_fold_norm, no_concat_linear, centre_residual)
     with _progress(as_json) as step:
-        artifact = pipeline.compile(model, target=target or "cpu", tune=not no_tune, progress=step)
+        artifact = pipeline.compile(
+            model, target=target or "cpu", tune=not no_tune, options=options, progress=step
+        )
         check = _Check(model, destination, None, {})
         artifact.save(destination, check=check)
     if as_json:
@@ -564,6 +592,25 @@ def _latency(folder: Path, model: Path | None, **arguments: Any) -> Latency:
     from fusenorm.bench import bench as measure
 
     return measure(folder, model, **arguments)
+
+
+def _options(
+    no_fold_batch_norm: bool,
+    no_fold_norm: bool,
+    no_concat_linear: bool,
+    centre_residual: bool,
+    limit: int | None = None,
+) -> Options:
+    from fusenorm.pipeline import DEFAULTS
+
+    return dataclasses.replace(
+        DEFAULTS,
+        limit=limit,
+        fold_batch_norm=() if no_fold_batch_norm else DEFAULTS.fold_batch_norm,
+        fold_norm=() if no_fold_norm else DEFAULTS.fold_norm,
+        concat_linear=not no_concat_linear,
+        centre_residual=centre_residual,
+    )
 
 
 def _dims(given: Sequence[str] | None) -> dict[str, int]:

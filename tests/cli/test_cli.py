@@ -12,8 +12,10 @@ import onnxruntime as ort
 import pytest
 from typer.testing import CliRunner, Result
 
-from fusenorm import __version__, cli, compare
+from fusenorm import __version__, cli, compare, pipeline
 from fusenorm.artifact import Library, read_npz
+from fusenorm.errors import BadInput
+from fusenorm.pipeline import DEFAULTS, Options
 
 
 def invoke(*arguments: object) -> Result:
@@ -226,6 +228,44 @@ def test_usage_errors_exit_with_2(llama) -> None:
     assert invoke("frobnicate").exit_code == 2
     assert invoke("optimize").exit_code == 2
     assert "--emit is 'gold'" in one_line(invoke("optimize", llama, "--emit", "gold"), 2)
+
+
+@pytest.mark.parametrize("command", ["optimize", "compile"])
+@pytest.mark.parametrize(
+    ("flag", "changed"),
+    [
+        ("--no-fold-batch-norm", {"fold_batch_norm": ()}),
+        ("--no-fold-norm", {"fold_norm": ()}),
+        ("--no-concat-linear", {"concat_linear": False}),
+        ("--centre-residual", {"centre_residual": True}),
+        (None, {}),
+    ],
+)
+def test_passes_are_switched(llama, monkeypatch, command, flag, changed) -> None:
+    """The flag reaches optimize and compile, and nothing but its pass changes."""
+    seen = []
+
+    def stop(*_: object, options: Options, **__: object) -> None:
+        seen.append(options)
+        raise BadInput("stopped")
+
+    optimized = pipeline.optimize(llama) if command == "optimize" else None
+    monkeypatch.setattr(pipeline, "compile", stop)
+    if optimized is not None:
+
+        def optimize(*_: object, options: Options, **__: object) -> pipeline.Result:
+            seen.append(options)
+            return optimized
+
+        monkeypatch.setattr(pipeline, "optimize", optimize)
+    flags = [] if flag is None else [flag]
+    one_line(invoke(command, llama, *flags), 2)
+    assert set(seen) == {dataclasses.replace(DEFAULTS, **changed)}
+
+
+def test_ray_takes_every_pass(llama) -> None:
+    result = invoke("optimize", llama, "--ray", "local", "--no-fold-norm")
+    assert "every pass" in one_line(result, 2)
 
 
 def test_debug_shows_the_traceback(garbage) -> None:

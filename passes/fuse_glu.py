@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 
 import numpy as np
 import onnx_ir as ir
@@ -53,8 +54,8 @@ class _Clamped:
     """A value held inside [low, high], and the nodes that do it."""
 
     source: ir.Value
-    low: float
-    high: float
+    low: float = -math.inf
+    high: float = math.inf
     nodes: tuple[ir.Node, ...] = ()
 
 
@@ -65,32 +66,33 @@ _PLUS_ONE = add(Var("up"), Const(1))
 def read_activation(value: ir.Value) -> _Act | None:
     """The activation whose result `value` is: ours, the standard's, or a sigmoid written out."""
     node, dtype = value.producer(), facts.dtype_of(value)
-    if node is None or dtype is None or not node.inputs or node.inputs[0] is None:
+    if node is None or dtype is None:
         return None
+    attributes = {}
     if node.domain == DOMAIN:
         spec = Gated.parse(node.op_type)
         if spec is None or spec.layout != "none":
             return None
         attributes = {name: node.attributes[name].as_float() for name in spec.attributes}
-        return _Act(spec, node.inputs[0], attributes, (node,))
-    if node.domain != "":
+    elif node.domain != "":
         return None
-    attributes = {}
-    if node.op_type == "Gelu":
+    elif node.op_type == "Gelu":
         approximate = node.attributes.get("approximate")
         tanh = approximate is not None and approximate.as_string() == "tanh"
-        activation = "gelu_tanh" if tanh else "gelu"
+        spec = Gated("gelu_tanh" if tanh else "gelu", dtype=dtype)
     elif node.op_type == "Swish":
-        activation, alpha = "swish", node.attributes.get("alpha")
+        spec, alpha = Gated("swish", dtype=dtype), node.attributes.get("alpha")
         attributes = {"beta": 1.0 if alpha is None else alpha.as_float()}
-    elif node.op_type in ("Sigmoid", "Relu"):
-        activation = node.op_type.lower()
+    elif node.op_type == "Relu":
+        spec = Gated("relu", dtype=dtype)
     else:
         found = next(iter(matches(_SIGMOID, value)))
         if isinstance(found, Miss):
             return None
-        return _Act(Gated("sigmoid", "none", dtype), found.bindings["gate"], {}, found.nodes)
-    return _Act(Gated(activation, "none", dtype), node.inputs[0], attributes, (node,))
+        return _Act(Gated("sigmoid", dtype=dtype), found.bindings["gate"], {}, found.nodes)
+    gate = node.inputs[0]
+    assert gate is not None
+    return _Act(spec, gate, attributes, (node,))
 
 
 def read_clamp(value: ir.Value) -> _Clamped:
@@ -99,7 +101,7 @@ def read_clamp(value: ir.Value) -> _Clamped:
     A Clip without a bound stops at the type's largest number (so the standard says, and
     onnxruntime does); Min and Max leave infinities alone.
     """
-    node, plain = value.producer(), _Clamped(value, -math.inf, math.inf)
+    node, plain = value.producer(), _Clamped(value)
     if node is None or node.domain != "":
         return plain
     bounds = _bounds(node)
@@ -187,23 +189,14 @@ class FuseGLU(Rule):
 
     def example(self, speller: Speller) -> None:
         """Two tensors or the halves of one, in every way; clamped as GPT-OSS does, or not."""
-        layout = speller.pick(7)
-        names = ("gate", "up") if layout == 0 or not speller.pick(2) else ("up", "gate")
-        packed = None if layout == 0 else speller.row("x", factor=2)
-        for part, name in enumerate(names):
-            if packed is None:
-                speller.row(name)
-            else:
-                speller.values[name] = _spell_half(speller, packed, part, layout)
+        gate, up = _spell_pair(speller)
         speller.scalar("beta", 1.5)
         form = speller.pick(3)
         if form:
-            gate, up = speller.values["gate"], speller.values["up"]
-            speller.values["gate"] = _spell_clamp(speller, gate, -3.0)
-            speller.values["up"] = _spell_clamp(speller, up, -2.0)
+            gate, up = _spell_clamp(speller, gate, -3.0), _spell_clamp(speller, up, -2.0)
         if form == 2:
-            one = speller.number(1.0, speller.dtype)
-            speller.values["up"] = speller.node("Add", [speller.values["up"], one])
+            up = speller.node("Add", [up, speller.number(1.0, speller.dtype)])
+        speller.values |= {"gate": gate, "up": up}
 
     def propose(self, root: ir.Node) -> Rewrite | Miss | None:
         a, b = root.inputs
@@ -229,8 +222,8 @@ class FuseGLU(Rule):
         if dtype is None:
             return None
         beta = 1.0 if alpha is None else alpha.as_float()
-        act = _Act(Gated("swish", "none", dtype), gate, {"beta": beta}, ())
-        return self._unit(root, act, _Clamped(gate, -math.inf, math.inf), up)
+        act = _Act(Gated("swish", dtype=dtype), gate, {"beta": beta}, ())
+        return self._unit(root, act, _Clamped(gate), up)
 
     def _gate(self, root: ir.Node, act: _Act, held: _Clamped, up: ir.Value) -> Rewrite | Miss:
         for value in (held.source, *(node.outputs[0] for node in held.nodes)):
@@ -252,15 +245,15 @@ class FuseGLU(Rule):
         return self._rewrite(root, act.spec, act.attributes, act.gate, up, nodes)
 
     def _bilinear(self, root: ir.Node, a: ir.Value, b: ir.Value) -> Rewrite | Miss | None:
-        halves = facts.half_of(a), facts.half_of(b)
-        packed = halves[0] and halves[1] and halves[0][0] is halves[1][0] and a is not b
-        source = _linear_input(a)
-        if not packed and (source is None or source is not _linear_input(b) or a is b):
-            return None
         dtype = facts.dtype_of(a)
-        if dtype is None:
+        if a is b or dtype is None:
             return None
-        return self._rewrite(root, Gated("identity", "none", dtype), {}, a, b, (root,))
+        first, second = facts.half_of(a), facts.half_of(b)
+        packed = first and second and first[0] is second[0]
+        source = _linear_input(a)
+        if not packed and (source is None or source is not _linear_input(b)):
+            return None
+        return self._rewrite(root, Gated("identity", dtype=dtype), {}, a, b, (root,))
 
     def _rewrite(
         self,
@@ -309,7 +302,7 @@ def _clamped(
     found = next(iter(matches(_PLUS_ONE, up)))
     added = found if isinstance(found, State) else State({"up": up})
     inner = read_clamp(added.bindings["up"])
-    gate = _Clamped(act.gate, -math.inf, math.inf) if held.nodes else read_clamp(act.gate)
+    gate = _Clamped(act.gate) if held.nodes else read_clamp(act.gate)
     outer = held if held.nodes else gate
     spec = dataclasses.replace(
         act.spec,
@@ -349,28 +342,42 @@ def _linear_input(value: ir.Value) -> ir.Value | None:
     return node.inputs[0]
 
 
-def _spell_half(speller: Speller, packed: ir.Value, part: int, layout: int) -> ir.Value:
-    """One half of the columns by Split, Slice, Gather or a view of pairs."""
-    if layout == 1:
-        return speller.split(packed, part)
-    if layout in (2, 3):
-        return speller.columns(packed, part, interleaved=layout == 3)
-    if layout == 4:
-        columns = np.arange(WIDTH) + part * WIDTH
-        return speller.node("Gather", [packed, speller.constant(columns)], axis=-1)
-    pair = (2, WIDTH) if layout == 5 else (WIDTH, 2)
-    target = np.array([*[0] * (speller.rank - 1), *pair], np.int64)
-    view = speller.node("Reshape", [packed, speller.constant(target)])
-    place = speller.constant(np.array(part, np.int64))
-    return speller.node("Gather", [view, place], axis=-2 if layout == 5 else -1)
+def _spell_pair(speller: Speller) -> tuple[ir.Value, ir.Value]:
+    """Two tensors, or the halves of one by Split, Slice, Gather or a view of pairs."""
+
+    def gather(x: ir.Value, part: int) -> ir.Value:
+        columns = np.arange(part * WIDTH, (part + 1) * WIDTH)
+        return speller.node("Gather", [x, speller.constant(columns)], axis=-1)
+
+    def view(x: ir.Value, pair: tuple[int, int], axis: int, part: int) -> ir.Value:
+        target = np.array([*[0] * (speller.rank - 1), *pair], np.int64)
+        pairs = speller.node("Reshape", [x, speller.constant(target)])
+        place = speller.constant(np.array(part, np.int64))
+        return speller.node("Gather", [pairs, place], axis=axis)
+
+    ways: tuple[Callable[[ir.Value, int], ir.Value] | None, ...] = (
+        None,
+        speller.split,
+        lambda x, part: speller.columns(x, part, interleaved=False),
+        lambda x, part: speller.columns(x, part, interleaved=True),
+        gather,
+        lambda x, part: view(x, (2, WIDTH), -2, part),
+        lambda x, part: view(x, (WIDTH, 2), -1, part),
+    )
+    way = ways[speller.pick(len(ways))]
+    if way is None:
+        return speller.row("gate"), speller.row("up")
+    x = speller.row("x", factor=2)
+    first, second = way(x, 0), way(x, 1)
+    return (second, first) if speller.pick(2) else (first, second)
 
 
 def _spell_clamp(speller: Speller, value: ir.Value, low: float) -> ir.Value:
     """`value` inside [low, 2]."""
     lowest, limit = (speller.number(bound, speller.dtype) for bound in (low, 2.0))
-    if not speller.pick(2):
-        return speller.node("Clip", [value, lowest, limit])
-    return speller.node("Min", [speller.node("Max", [value, lowest]), limit])
+    if speller.pick(2):
+        return speller.node("Min", [speller.node("Max", [value, lowest]), limit])
+    return speller.node("Clip", [value, lowest, limit])
 
 
 class FuseGatedUnit(RewritePass):

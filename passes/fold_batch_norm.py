@@ -31,7 +31,8 @@ _LINEAR = _MATRIX | {"Conv", "ConvTranspose"}
 _REGROUPS = frozenset({"Reshape", "Flatten", "Squeeze", "Unsqueeze"})
 # What a convolution does with space: the channels, and so the proof, do not depend on it.
 _SPACING = frozenset({"dilations", "strides", "output_padding", "output_shape"})
-_BATCH = (4, 3, 2, 2, 2, 2)
+# What the other axes than the channels have in the proof.
+_BATCH = 4
 # None of these operators changed since opset 9, but ONNX's reference takes the BatchNormalization
 # of an older one than 14 for training.
 _OPSET = 15
@@ -129,7 +130,6 @@ class FoldBatchNorm(ir.passes.InPlacePass):
         validate: bool = True,
         budget: list[int] | None = None,
     ) -> None:
-        super().__init__()
         self.types = frozenset(types)
         self.validate = validate
         self.budget = budget if budget is not None else [sys.maxsize]
@@ -200,9 +200,6 @@ class FoldBatchNorm(ir.passes.InPlacePass):
         kind = next((kind for kind, info in DTYPES.items() if info.numpy == dtype), None)
         if kind not in self.types:
             return Refusal("types", name, f"weights of {kind or dtype} are not to be changed")
-        bias = _bias(chain)
-        if isinstance(bias, Refusal):
-            return bias
         weight = weight.astype(np.float64)
         view = _grouped(linear, weight)
         window = (1,) * (view.ndim - 3)
@@ -210,9 +207,9 @@ class FoldBatchNorm(ir.passes.InPlacePass):
         channels = groups * (columns if chain.behind else rows)
         if channels != scale.size:
             return Refusal("channels", name, f"has {channels} channels, not {scale.size}")
-        if bias.size not in (1, groups * columns):
-            detail = f"computes {groups * columns} channels, not the {bias.size} of its bias"
-            return Refusal("bias_shape", name, detail)
+        bias = _bias(chain, groups * columns)
+        if isinstance(bias, Refusal):
+            return bias
         with np.errstate(all="ignore"):
             if chain.behind:
                 bias = bias * scale + offset
@@ -386,24 +383,24 @@ def _factor(linear: ir.Node, name: str) -> float:
     return linear.attributes[name].as_float() if name in linear.attributes else 1.0
 
 
-def _bias(chain: _Chain) -> np.ndarray | Refusal:
-    """What a linear map adds, in f64: one row, or 0 if it adds nothing."""
+def _bias(chain: _Chain, width: int) -> np.ndarray | Refusal:
+    """What a linear map of `width` results adds, in f64: one row, or one number for all."""
     linear = chain.linear
     beta = _factor(linear, "beta")
     parts = [(linear, value, beta) for value in linear.inputs[2:] if value is not None]
     if chain.bias is not None:
         constants = filter(facts.is_constant, chain.bias.inputs)
         parts += [(chain.bias, value, 1.0) for value in constants]
-    total = np.zeros(())
+    total = np.zeros(1)
     for node, value, factor in parts:
         array = facts.constant(value)
         if array is None:
             return Refusal("not_constant", node_name(node), "its bias is computed at run time")
-        long = array.ndim and array.size != array.shape[-1]
-        if long or (linear.op_type == "Gemm" and array.ndim > 2):
-            detail = f"its bias {list(array.shape)} is more than one row"
-            return Refusal("bias_shape", node_name(node), detail)
         total = total + factor * array.astype(np.float64)
+    row = total.size == total.shape[-1] and total.size in (1, width)
+    if not row or (linear.op_type == "Gemm" and total.ndim > 2):
+        detail = f"its bias {list(total.shape)} is no row of {width}"
+        return Refusal("bias_shape", node_name(linear), detail)
     return total
 
 
@@ -531,18 +528,17 @@ def _flaw(chain: _Chain, nodes: Sequence[ir.Node]) -> str | None:
 
 def _sizes(chain: _Chain, weight: np.ndarray) -> tuple[int, ...]:
     """A shape for what a chain reads."""
-    linear = chain.linear
+    linear, place = chain.linear, 1
     groups, rows = _grouped(linear, weight).shape[:2]
-    if linear.op_type in _MATRIX:
-        # Behind a node that regroups rows, or none, two axes are as good as more.
-        order = facts.permutation(next(iter(chain.moves), None))
-        rank = 2 if order is None else len(order)
-        others = _BATCH[: rank - 1]
+    others = [_BATCH]
+    if linear.op_type not in _MATRIX:
+        others += [size + 1 for size in weight.shape[2:]]
     else:
-        others = (*_BATCH[:1], *(size + 1 for size in weight.shape[2:]))
-    place = 1
-    if linear.op_type in _MATRIX and chain.behind:
-        place = 0 if facts.attribute_int(linear, "transA", 0) else len(others)
+        # Without a Transpose of them in front of what regroups rows, two axes are as good as more.
+        order = facts.permutation(next(iter(chain.moves), None))
+        others *= 1 if order is None else len(order) - 1
+        if chain.behind:
+            place = 0 if facts.attribute_int(linear, "transA", 0) else len(others)
     return (*others[:place], groups * rows, *others[place:])
 
 

@@ -121,6 +121,12 @@ REFUSED = {
         "float[n,6] y",
         "not_constant",
     ),
+    "a bias of one column": (
+        "h = MatMul(x, w)\na = Add(h, column)\ny = BN(a|)",
+        "float[6,8] x",
+        "float[6,6] y",
+        "bias_shape",
+    ),
     "a bias of many rows": (
         "h = MatMul(x, w)\na = Add(h, many)\ny = BN(a|)",
         "float[3,8] x",
@@ -183,8 +189,8 @@ REFUSED = {
         "not_constant",
     ),
     "the bias itself": (
-        "h = BN(x|)\ny = Gemm(a, w, h)",
-        "float[n,6] x, float[n,8] a",
+        "h = BN(x|)\ny = Gemm(a, v6, h)",
+        "float[n,6] x, float[n,6] a",
         "float[n,6] y",
         "not_constant",
     ),
@@ -243,6 +249,7 @@ POOL = {
     "kg": rows(4, 3, 3, 3),
     "w5": rows(3, 5),
     "many": rows(3, C),
+    "column": rows(C, 1),
     "shape": np.array([-1, C, 1]),
     "flat": np.array([-1, C]),
     "k1": rows(C, C, 1),
@@ -251,6 +258,7 @@ POOL = {
     "c3": rows(1, 1, C),
     "w0": rows(0, C),
     "v1": rows(C, 1),
+    "v6": rows(C, C),
     "one": np.float32(1),
     "square": np.array([-1, C, C]),
 }

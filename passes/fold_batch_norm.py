@@ -130,6 +130,7 @@ class FoldBatchNorm(ir.passes.InPlacePass):
         validate: bool = True,
         budget: list[int] | None = None,
     ) -> None:
+        super().__init__()
         self.types = frozenset(types)
         self.validate = validate
         self.budget = budget if budget is not None else [sys.maxsize]

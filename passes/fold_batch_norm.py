@@ -535,7 +535,7 @@ def _sizes(chain: _Chain, weight: np.ndarray) -> tuple[int, ...]:
     if linear.op_type not in _MATRIX:
         others += [size + 1 for size in weight.shape[2:]]
     else:
-        # Without a Transpose of them in front of what regroups rows, two axes are as good as more.
+        # Two axes are enough, unless a Transpose names more before rows are regrouped.
         order = facts.permutation(next(iter(chain.moves), None))
         others *= 1 if order is None else len(order) - 1
         if chain.behind:

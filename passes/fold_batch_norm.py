@@ -31,7 +31,11 @@ _LINEAR = _MATRIX | {"Conv", "ConvTranspose"}
 _REGROUPS = frozenset({"Reshape", "Flatten", "Squeeze", "Unsqueeze"})
 # What a convolution does with space: the channels, and so the proof, do not depend on it.
 _SPACING = frozenset({"dilations", "strides", "output_padding", "output_shape"})
-_BATCH = (4, 3, 2, 2, 2, 2)
+# What the other axes than the channels have in the proof.
+_BATCH = 4
+# None of these operators changed since opset 9, but ONNX's reference takes the BatchNormalization
+# of an older one than 14 for training.
+_OPSET = 15
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,9 +108,9 @@ class FoldBatchNorm(ir.passes.InPlacePass):
     `no_linear`: no linear map beside it. `shared`: something else reads the value between them,
     and more than its shape.
     `axis`: the channels are not the ones the map contracts or computes. `padding`: the map pads
-    with zeros, which the BatchNormalization would have moved. `bias_shape`: the bias is more than
-    one row. `groups`: of a ConvTranspose. `training_mode`, `not_constant`, `channels`,
-    `rank_unknown`, `types`, `not_finite`, `opset`, `check_failed`.
+    with zeros, which the BatchNormalization would have moved. `bias_shape`: the bias is no row of
+    what the map computes. `groups`: of a ConvTranspose. `training_mode`, `not_constant`,
+    `channels`, `rank_unknown`, `types`, `not_finite`, `opset`, `check_failed`.
 
     ## References
     arXiv 1502.03167 (BatchNorm).
@@ -134,8 +138,9 @@ class FoldBatchNorm(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         opset = model.opset_imports.get("", 0)
         modified = False
-        for graph in list(model.graphs()):
-            taken = {value.name for value in _values(graph)}
+        graphs = list(model.graphs())
+        taken = {value.name for graph in graphs for value in _values(graph)}
+        for graph in graphs:
             # One fold may bring another BatchNormalization beside the linear map.
             while sum(self._visit(graph, node, opset, taken) for node in list(graph)):
                 modified = True
@@ -162,11 +167,14 @@ class FoldBatchNorm(ir.passes.InPlacePass):
         affine = _read(norm, opset)
         if isinstance(affine, Refusal):
             return affine
-        sides = [_find(norm, behind=behind) for behind in (True, False)]
-        chain = next((side for side in sides if isinstance(side, _Chain)), None)
-        if chain is None:
-            known = [side for side in sides if isinstance(side, Refusal)]
-            return min(known, key=lambda refusal: refusal.code == "no_linear")
+        refusals = []
+        for behind in (True, False):
+            chain = _find(norm, behind=behind)
+            if isinstance(chain, _Chain):
+                break
+            refusals.append(chain)
+        else:
+            return min(refusals, key=lambda refusal: refusal.code == "no_linear")
         arrays = self._arrays(chain, *affine)
         if isinstance(arrays, Refusal):
             return arrays
@@ -177,7 +185,7 @@ class FoldBatchNorm(ir.passes.InPlacePass):
             for name in (_fresh(f"{stem}_folded_{part}", taken),)
         )
         written = _write(chain, weight, bias, _fresh(f"{stem}_unbiased", taken))
-        flaw = _flaw(chain, written.nodes, opset) if self.validate else None
+        flaw = _flaw(chain, written.nodes) if self.validate else None
         if flaw is not None:
             return Refusal("check_failed", node_name(norm), flaw)
         return chain, written, [weight, bias]
@@ -193,9 +201,6 @@ class FoldBatchNorm(ir.passes.InPlacePass):
         kind = next((kind for kind, info in DTYPES.items() if info.numpy == dtype), None)
         if kind not in self.types:
             return Refusal("types", name, f"weights of {kind or dtype} are not to be changed")
-        bias = _bias(chain)
-        if isinstance(bias, Refusal):
-            return bias
         weight = weight.astype(np.float64)
         view = _grouped(linear, weight)
         window = (1,) * (view.ndim - 3)
@@ -203,6 +208,9 @@ class FoldBatchNorm(ir.passes.InPlacePass):
         channels = groups * (columns if chain.behind else rows)
         if channels != scale.size:
             return Refusal("channels", name, f"has {channels} channels, not {scale.size}")
+        bias = _bias(chain, groups * columns)
+        if isinstance(bias, Refusal):
+            return bias
         with np.errstate(all="ignore"):
             if chain.behind:
                 bias = bias * scale + offset
@@ -223,7 +231,7 @@ def _read(norm: ir.Node, opset: int) -> tuple[np.ndarray, np.ndarray] | Refusal:
     name = node_name(norm)
     if opset < MIN_OPSET:
         return Refusal("opset", name, f"opset {opset} is older than {MIN_OPSET}")
-    if facts.attribute_int(norm, "training_mode", 0) or len(norm.outputs) > 1:
+    if facts.attribute_int(norm, "training_mode", 0) or len(norm.outputs) != 1:
         return Refusal("training_mode", name, "computes the statistics of its input")
     known = [facts.constant(value) for value in norm.inputs[1:]]
     arrays = [array.astype(np.float64) for array in known if array is not None]
@@ -254,8 +262,7 @@ def _find(norm: ir.Node, *, behind: bool) -> _Chain | Refusal:
         assert value is not None
     if behind:
         moves.reverse()
-    product = _product_of(node) if behind else None
-    linear, bias = (node, None) if product is None else (product, node)
+    linear = _product_of(node) or node
     if linear.domain != "" or linear.op_type not in _LINEAR:
         return Refusal("no_linear", name, f"{node.op_type} is no linear map")
     if _weight(linear) is None:
@@ -263,18 +270,16 @@ def _find(norm: ir.Node, *, behind: bool) -> _Chain | Refusal:
     refusal = _aligned(linear, value, axis, behind=behind)
     if refusal is not None:
         return refusal
-    if not behind:
-        bias = _addition_to(linear)
-    return _Chain(linear, bias, tuple(moves), norm, behind)
+    return _Chain(linear, _addition_to(linear), tuple(moves), norm, behind)
 
 
 def _neighbour(value: ir.Value, norm: ir.Node, *, behind: bool) -> ir.Node | Refusal:
     """What computes `value` (behind) or reads it, if it is a matter between two nodes only."""
     name = node_name(norm)
-    uses = [use for use in value.uses() if use.node.op_type not in ("Shape", "Size")]
-    found = [value.producer()] if behind else [use.node for use in uses]
+    readers = [use.node for use in value.uses() if not facts.reads_shape(use.node)]
+    found = [value.producer()] if behind else readers
     linear = any(node is not None and node.op_type in (*_LINEAR, "Add") for node in found)
-    if len(uses) != 1 or value.is_graph_output():
+    if len(readers) != 1 or value.is_graph_output():
         code = "shared" if linear else "no_linear"
         return Refusal(code, name, f"{value.name} is not read by one node alone")
     node = found[0]
@@ -282,8 +287,6 @@ def _neighbour(value: ir.Value, norm: ir.Node, *, behind: bool) -> ir.Node | Ref
         return Refusal("no_linear", name, f"{value.name} is no result of a linear map")
     if node.graph is not norm.graph:
         return Refusal("shared", name, f"{value.name} belongs to another graph")
-    if not behind and uses[0].idx != 0 and node.op_type in _LINEAR:
-        return Refusal("axis", name, f"{value.name} is not what {node_name(node)} is applied to")
     return node
 
 
@@ -292,18 +295,18 @@ def _across(node: ir.Node, axis: int, *, upwards: bool) -> int | None:
 
     Regrouping keeps the channels if they are the last axis, and stay it.
     """
-    source, result = node.inputs[0] if node.inputs else None, node.outputs[0]
-    if node.domain != "" or source is None:
-        return None
-    here, there = (result, source) if upwards else (source, result)
-    known, other = facts.rank(here), facts.rank(there)
     order = facts.permutation(node)
-    if order is not None:
+    if order is not None and axis < len(order):
         return order[axis] if upwards else order.index(axis)
-    if node.op_type in _REGROUPS and known == axis + 1 and other:
-        size = facts.last_dim(here)
-        return other - 1 if size is not None and size == facts.last_dim(there) else None
-    return None
+    if node.domain != "" or node.op_type not in _REGROUPS:
+        return None
+    source, result = node.inputs[0], node.outputs[0]
+    assert source is not None
+    here, there = (result, source) if upwards else (source, result)
+    size, other = facts.last_dim(here), facts.rank(there)
+    if facts.rank(here) != axis + 1 or not other or size is None or size != facts.last_dim(there):
+        return None
+    return other - 1
 
 
 def _product_of(add: ir.Node) -> ir.Node | None:
@@ -347,26 +350,29 @@ def _weight(linear: ir.Node) -> np.ndarray | None:
 
 def _aligned(linear: ir.Node, value: ir.Value, axis: int, *, behind: bool) -> Refusal | None:
     """Why axis `axis` of `value` is not the one a linear map computes (behind) or contracts."""
-    name, kind, rank = node_name(linear), linear.op_type, facts.rank(value)
-    if kind in _MATRIX and rank is None:
-        return Refusal("rank_unknown", name, f"the rank of {value.name} is unknown")
-    channels = rank - 1 if kind in _MATRIX and rank is not None else 1
+    name, kind, channels = node_name(linear), linear.op_type, 1
+    if kind in _MATRIX:
+        rank = facts.rank(value)
+        if rank is None:
+            return Refusal("rank_unknown", name, f"the rank of {value.name} is unknown")
+        channels = rank - 1
     if axis != channels:
         return Refusal("axis", name, f"the channels are axis {axis}, not {channels}")
     if kind == "ConvTranspose" and facts.attribute_int(linear, "group", 1) != 1:
         return Refusal("groups", name, "ONNX's reference, the judge of a fold, has no groups here")
     if behind:
         return None
-    if kind == "Gemm" and facts.attribute_int(linear, "transA", 0):
+    if facts.attribute_int(linear, "transA", 0):
         return Refusal("axis", name, "contracts the rows (transA = 1)")
     if kind == "ConvTranspose":
         return Refusal("padding", name, "its border sums fewer terms than its inside")
-    if kind == "Conv" and _pads(linear):
+    if _pads(linear):
         return Refusal("padding", name, "pads the BatchNormalization's result with zeros")
     return None
 
 
 def _pads(conv: ir.Node) -> bool:
+    """Whether a convolution pads its input; other maps have no such attribute."""
     mode = conv.attributes["auto_pad"].as_string() if "auto_pad" in conv.attributes else "NOTSET"
     if mode == "NOTSET":
         return "pads" in conv.attributes and any(conv.attributes["pads"].as_ints())
@@ -378,28 +384,24 @@ def _factor(linear: ir.Node, name: str) -> float:
     return linear.attributes[name].as_float() if name in linear.attributes else 1.0
 
 
-def _bias(chain: _Chain) -> np.ndarray | Refusal:
-    """What a linear map adds, in f64: one row, or 0 if it adds nothing."""
+def _bias(chain: _Chain, width: int) -> np.ndarray | Refusal:
+    """What a linear map of `width` results adds, in f64: one row, or one number for all."""
     linear = chain.linear
-    parts = [(linear, value, _factor(linear, "beta")) for value in linear.inputs[2:]]
+    beta = _factor(linear, "beta")
+    parts = [(linear, value, beta) for value in linear.inputs[2:] if value is not None]
     if chain.bias is not None:
-        parts += [
-            (chain.bias, value, 1.0)
-            for value in chain.bias.inputs
-            if facts.constant(value) is not None
-        ]
-    total = np.zeros(())
+        constants = filter(facts.is_constant, chain.bias.inputs)
+        parts += [(chain.bias, value, 1.0) for value in constants]
+    total = np.zeros(1)
     for node, value, factor in parts:
-        if value is None:
-            continue
         array = facts.constant(value)
         if array is None:
             return Refusal("not_constant", node_name(node), "its bias is computed at run time")
-        long = array.ndim and array.size != array.shape[-1]
-        if long or (linear.op_type == "Gemm" and array.ndim > 2):
-            detail = f"its bias {list(array.shape)} is more than one row"
-            return Refusal("bias_shape", node_name(node), detail)
         total = total + factor * array.astype(np.float64)
+    row = total.size == total.shape[-1] and total.size in (1, width)
+    if not row or (linear.op_type == "Gemm" and total.ndim > 2):
+        detail = f"its bias {list(total.shape)} is no row of {width}"
+        return Refusal("bias_shape", node_name(linear), detail)
     return total
 
 
@@ -494,21 +496,21 @@ def _like(node: ir.Node, inputs: Sequence[ir.Value | None]) -> ir.Node:
 
 def _replace(graph: ir.Graph, chain: _Chain, written: _Written) -> None:
     old = chain.nodes
-    graph.insert_before(old[-1], written.nodes)
+    graph.insert_before(chain.norm, written.nodes)
     for value, heir in written.heirs.items():
         value.replace_all_uses_with(heir, replace_graph_outputs=True)
     for node in reversed(old):
         graph.remove(node, safe=True)
-    graph.sort()  # who read a shape in the middle of the chain may stand before it now
+    graph.sort()  # what else the chain reads, or who reads a shape in it, may stand elsewhere
 
 
-def _flaw(chain: _Chain, nodes: Sequence[ir.Node], opset: int) -> str | None:
+def _flaw(chain: _Chain, nodes: Sequence[ir.Node]) -> str | None:
     """What separates `nodes` from the chain on random rows in f64, None if nothing does."""
     weight = _weight(chain.linear)
     assert weight is not None
     feed = np.random.default_rng(0).normal(size=_sizes(chain, weight))
     try:
-        source, folded = (_run(part, chain.x, feed, opset) for part in (chain.nodes, nodes))
+        source, folded = (_run(part, chain.x, feed) for part in (chain.nodes, nodes))
     except EvaluationError as failure:
         return f"cannot be evaluated: {failure}"
     if source.shape != folded.shape:
@@ -527,44 +529,41 @@ def _flaw(chain: _Chain, nodes: Sequence[ir.Node], opset: int) -> str | None:
 
 def _sizes(chain: _Chain, weight: np.ndarray) -> tuple[int, ...]:
     """A shape for what a chain reads."""
-    linear, rank = chain.linear, facts.rank(chain.x)
+    linear, place = chain.linear, 1
     groups, rows = _grouped(linear, weight).shape[:2]
+    others = [_BATCH]
     if linear.op_type not in _MATRIX:
-        return (_BATCH[0], groups * rows, *[max(weight.shape[2:]) + 1] * (weight.ndim - 2))
-    if not chain.behind:
-        return (_BATCH[0], rows, *_BATCH[1 : (rank or 2) - 1])
-    if linear.op_type == "Gemm" and facts.attribute_int(linear, "transA", 0):
-        return (rows, *_BATCH[:1])
-    if rank is None:
-        rank = facts.rank(linear.outputs[0]) or 2
-    return (*_BATCH[: rank - 1], rows)
+        others += [size + 1 for size in weight.shape[2:]]
+    else:
+        # Two axes are enough, unless a Transpose names more before rows are regrouped.
+        order = facts.permutation(next(iter(chain.moves), None))
+        others *= 1 if order is None else len(order) - 1
+        if chain.behind:
+            place = 0 if facts.attribute_int(linear, "transA", 0) else len(others)
+    return (*others[:place], groups * rows, *others[place:])
 
 
-def _run(nodes: Iterable[ir.Node], x: ir.Value, feed: np.ndarray, opset: int) -> np.ndarray:
+def _run(nodes: Iterable[ir.Node], x: ir.Value, feed: np.ndarray) -> np.ndarray:
     """The result of the last node where x is `feed`, everything in f64."""
-    floats = {info.numpy for info in DTYPES.values()}
     arrays: dict[str, np.ndarray] = {}
     protos = []
     for node in nodes:
         proto = ir.serde.serialize_node(node)
-        kept = [field for field in proto.attribute if field.name not in _SPACING]
-        del proto.attribute[:]
         if node.op_type in _REGROUPS:
             target = f"{proto.output[0]}_rows"
             proto = onnx.helper.make_node("Reshape", [proto.input[0], target], proto.output)
             rank = facts.rank(node.outputs[0])
             assert rank is not None  # or it would not have been crossed
             leading = [1] * (rank - 2)
-            arrays[proto.input[1]] = np.array([*leading, -1, facts.last_dim(node.outputs[0])])
+            arrays[target] = np.array([*leading, -1, facts.last_dim(node.outputs[0])])
         else:
+            kept = [field for field in proto.attribute if field.name not in _SPACING]
+            del proto.attribute[:]
             proto.attribute.extend(kept)
-            for value in node.inputs:
+            for value in filter(None, node.inputs):
                 array = _constant(value)
-                if value is not None and array is not None:
-                    wide = array.dtype in floats
-                    arrays[str(value.name)] = array.astype(np.float64) if wide else array
+                if array is not None:
+                    arrays[str(value.name)] = array.astype(np.float64)
         protos.append(proto)
     arrays[str(x.name)] = feed
-    # None of these operators changed since opset 9, but ONNX's reference takes the
-    # BatchNormalization of an older one than 14 for training.
-    return evaluate(protos, arrays, [protos[-1].output[0]], (), max(opset, 15))[0]
+    return evaluate(protos, arrays, [protos[-1].output[0]], (), _OPSET)[0]

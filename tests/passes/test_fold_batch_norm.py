@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fusenorm
-from fusenorm.passes.canonicalize import Canonicalize
+from fusenorm.passes.evaluate import EvaluationError
 from fusenorm.passes.fold_batch_norm import FoldBatchNorm
 from tests.graphs import fused, fused_ops, model, reasons, rows, run, same
 
@@ -94,6 +94,12 @@ BEHIND = {
         {"w": W, "c": np.float32([[0.4]])},
         ["Gemm"],
     ),
+    "MatMul of a channel next to nothing": (
+        *ROWS,
+        "h = MatMul(x, w)\ny = BN(h|)",
+        {"w": W, **{name: np.float32([1e-42, 1, 1, 1, 1, 1]) for name in ("scale", "shift")}},
+        ["MatMul", "Add"],
+    ),
     "Conv": (
         *IMAGE,
         "h = Conv<pads = [1, 1, 1, 1], strides = [2, 1]>(x, w)\ny = BN(h|)",
@@ -140,6 +146,47 @@ BEHIND = {
         "h = MatMul(x, w)\nt = Transpose<perm = [0, 2, 1]>(h)\ny = BN(t|)",
         {"w": W},
         ["MatMul", "Add", "Transpose"],
+    ),
+    "MatMul, Add of three axes, Transpose": (
+        "float[n,s,8] x",
+        "float[n,6,s] y",
+        {"x": rows(2, 5, 8)},
+        "h = MatMul(x, w)\na = Add(h, c)\nt = Transpose<perm = [0, 2, 1]>(a)\ny = BN(t|)",
+        {"w": W, "c": rows(1, 1, C)},
+        ["MatMul", "Add", "Transpose"],
+    ),
+    "MatMul, Reshape to given sizes, Transpose": (
+        "float[16,8] x",
+        "float[2,6,2,2,2] y",
+        {"x": rows(16, 8)},
+        "h = MatMul(x, w)\nr = Reshape(h, sizes)\nt = Transpose<perm = [0, 4, 1, 2, 3]>(r)\n"
+        "y = BN(t|)",
+        {"w": W, "sizes": np.array([2, 2, 2, 2, C])},
+        ["MatMul", "Add", "Reshape", "Transpose"],
+    ),
+    "MatMul, Flatten": (
+        "float[n,s,8] x",
+        "float[m,6] y",
+        {"x": rows(2, 5, 8)},
+        "h = MatMul(x, w)\nf = Flatten<axis = 2>(h)\ny = BN(f|)",
+        {"w": W},
+        ["MatMul", "Add", "Flatten"],
+    ),
+    "MatMul, Squeeze": (
+        "float[n,1,8] x",
+        "float[n,6] y",
+        {"x": rows(4, 1, 8)},
+        "h = MatMul(x, w)\ns = Squeeze(h, axes)\ny = BN(s|)",
+        {"w": W, "axes": np.array([1])},
+        ["MatMul", "Add", "Squeeze"],
+    ),
+    "MatMul, Unsqueeze, Transpose": (
+        "float[n,8] x",
+        "float[1,6,n] y",
+        ROWS[2],
+        "h = MatMul(x, w)\nu = Unsqueeze(h, axes)\nt = Transpose<perm = [0, 2, 1]>(u)\ny = BN(t|)",
+        {"w": W, "axes": np.array([0])},
+        ["MatMul", "Add", "Unsqueeze", "Transpose"],
     ),
     "MatMul, Transpose of four axes": (
         "float[n,i,j,8] x",
@@ -191,6 +238,7 @@ BEHIND = {
 PLAIN = "h = MatMul(x, w)\ny = BN(h|)"
 V = rows(C, 5, seed=3)
 LARGE = np.array([1e7, 1, 1, 1, 1, 1], np.float32)
+WIDE = {"k": rows(C, C, 1) * LARGE[:, None, None]}
 BEFORE = {
     "MatMul": (
         "float[n,6] x",
@@ -207,6 +255,14 @@ BEFORE = {
         "h = BN(x|)\nm = MatMul(h, w)\ny = Add(m, c)",
         {"w": V, "c": rows(1, 5)},
         ["MatMul", "Add"],
+    ),
+    "MatMul, Relu": (
+        "float[n,6] x",
+        "float[n,5] y",
+        {"x": rows(3, C)},
+        "h = BN(x|)\nm = MatMul(h, w)\ny = Relu(m)",
+        {"w": V},
+        ["MatMul", "Add", "Relu"],
     ),
     "Gemm": (
         "float[n,6] x",
@@ -240,11 +296,20 @@ BEFORE = {
         {"w": V},
         ["Transpose", "MatMul", "Add"],
     ),
+    "two Transposes, MatMul": (
+        "float[n,6,i,j] x",
+        "float[n,i,j,5] y",
+        {"x": rows(2, C, 4, 3)},
+        "h = BN(x|)\nt = Transpose<perm = [0, 2, 1, 3]>(h)\n"
+        "u = Transpose<perm = [0, 1, 3, 2]>(t)\ny = MatMul(u, w)",
+        {"w": V},
+        ["Transpose", "Transpose", "MatMul", "Add"],
+    ),
     "Conv": (
         "float[n,6,h,w] x",
         "float[n,4,i,j] y",
         {"x": rows(2, C, 7, 6)},
-        "h = BN(x|)\ny = Conv<strides = [2, 1]>(h, w, c)",
+        "h = BN(x|)\ny = Conv<strides = [2, 1], pads = [0, 0, 0, 0]>(h, w, c)",
         {"w": rows(4, C, 3, 2), "c": rows(4)},
         ["Conv"],
     ),
@@ -273,8 +338,9 @@ def test_folds(
     left: Sequence[str],
 ) -> None:
     proto = with_norms(body, inputs, outputs, constants)
-    report = same(proto, feeds)
-    assert [(site.op, site.status) for site in report.sites] == [("BatchNorm", "fused")]
+    (site,) = same(proto, feeds).sites
+    assert (site.op, site.status) == ("BatchNorm", "fused")
+    assert site.attributes["kind"] in ("MatMul", "Gemm", "Conv", "ConvTranspose")
     after, _ = fused(proto)
     assert _operators(after) == left
     read = {name for node in after.graph.node for name in node.input}
@@ -474,13 +540,17 @@ def test_a_wrong_fold_is_rolled_back(monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(change: str) -> None:
         def read(norm: ir.Node, opset: int) -> object:
             scale, offset = real(norm, opset)
-            return (scale * 1.001, offset) if change == "weight" else (scale, offset + 0.01)
+            changed = {"weight": (scale * 1.001, offset), "bias": (scale, offset + 0.01)}
+            return changed.get(change, (scale, offset[None, None]))
 
         monkeypatch.setattr(fold_batch_norm, "_read", read)
 
-    for change in ("weight", "bias"):
+    for change in ("weight", "bias", "shape"):
         wrong(change)
         assert reasons(same(proto, {"x": rows(3, C)}, bound=0.0)) == {"check_failed"}
+        work = ir.from_proto(onnx.shape_inference.infer_shapes(proto))
+        assert not FoldBatchNorm()(work).modified
+        assert FoldBatchNorm(validate=False)(work).modified
     monkeypatch.setattr(fold_batch_norm, "_read", real)
     grouped = fold_batch_norm._grouped
     monkeypatch.setattr(
@@ -492,41 +562,88 @@ def test_a_wrong_fold_is_rolled_back(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("body", "shape", "large"),
+    ("body", "inputs", "outputs", "large"),
     [
-        (PLAIN, "n,8", {"w": W, "scale": LARGE}),
-        ("h = BN(x|)\ny = MatMul(h, v)", "n,6", {"v": rows(C, C) * LARGE}),
-        ("h = BN(x|)\ny = MatMul(h, v)", "n,s,6", {"v": rows(C, C) * LARGE}),
-        ("h = BN(x|)\ny = Conv(h, k)", "n,6,t", {"k": rows(C, C, 1) * LARGE[:, None, None]}),
+        (PLAIN, "float[n,8] x", "float[n,6] y", {"w": W * LARGE}),
+        (
+            "h = MatMul(x, w)\nt = Transpose<perm = [0, 2, 1]>(h)\ny = BN(t|)",
+            "float[n,s,8] x",
+            "float[n,6,s] y",
+            {"w": W * LARGE},
+        ),
+        ("h = Conv(x, k)\ny = BN(h|)", "float[n,6,t] x", "float[n,6,t] y", WIDE),
+        ("h = BN(x|)\ny = Conv(h, k)", "float[n,6,t] x", "float[n,6,t] y", WIDE),
+        ("h = BN(x|)\ny = MatMul(h, v)", "float[n,6] x", "float[n,6] y", {"v": rows(C, C) * LARGE}),
+        (
+            "h = BN(x|)\nt = Transpose<perm = [0, 2, 1]>(h)\ny = MatMul(t, v)",
+            "float[n,6,s] x",
+            "float[n,s,6] y",
+            {"v": rows(C, C) * LARGE},
+        ),
     ],
 )
 def test_a_large_channel_hides_no_wrong_one(
-    monkeypatch: pytest.MonkeyPatch, body: str, shape: str, large: Mapping[str, np.ndarray]
+    monkeypatch: pytest.MonkeyPatch,
+    body: str,
+    inputs: str,
+    outputs: str,
+    large: Mapping[str, np.ndarray],
 ) -> None:
     from fusenorm.passes import fold_batch_norm
 
-    if shape == "n,s,6":  # the channels in front, as it reads them
-        body = body.replace("MatMul(h", "MatMul(t").replace(
-            "y =", "t = Transpose<perm = [0, 2, 1]>(h)\ny ="
-        )
-        shape = "n,6,s"
-    outputs = "float[n,6] y" if shape in ("n,8", "n,6") else "float[n,i,j] y"
-    proto = with_norms(body, f"float[{shape}] x", outputs, large)
+    proto = with_norms(body, inputs, outputs, large)
     assert fused_ops(fusenorm.optimize(proto).report) == ["BatchNorm"]
-    real = fold_batch_norm._read
-
-    def read(norm: ir.Node, opset: int) -> object:
-        scale, offset = real(norm, opset)
-        return scale, offset + 0.01
-
-    monkeypatch.setattr(fold_batch_norm, "_read", read)
+    real = fold_batch_norm._bias
+    monkeypatch.setattr(fold_batch_norm, "_bias", lambda *chain: real(*chain) + 0.01)
     assert reasons(fusenorm.optimize(proto).report) == {"check_failed"}
 
 
-def test_the_pass_alone() -> None:
-    work = Canonicalize()(ir.from_proto(with_norms(PLAIN, *ROWS[:2], {"w": W}))).model
+def test_what_cannot_be_evaluated_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fusenorm.passes import fold_batch_norm
+
+    def evaluate(*_: object) -> list[np.ndarray]:
+        raise EvaluationError("no such operator")
+
+    monkeypatch.setattr(fold_batch_norm, "evaluate", evaluate)
+    report = same(with_norms(PLAIN, *ROWS[:2], {"w": W}), ROWS[2], bound=0.0)
+    assert reasons(report) == {"check_failed"}
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_the_pass_alone(dtype: type) -> None:
+    constants = {name: array.astype(dtype) for name, array in {**_parameters(), "w": W}.items()}
+    kind = "float" if dtype is np.float32 else "double"
+    body = 'h = Gemm(x, w, "")\ny = BN(h|)'
+    proto = with_norms(body, f"{kind}[n,8] x", f"{kind}[n,6] y", constants)
+    work = ir.from_proto(onnx.shape_inference.infer_shapes(proto))
+    budget = [3]
+    assert FoldBatchNorm(budget=budget)(work).modified
+    assert not FoldBatchNorm(budget=budget)(work).modified
+    assert budget == [2]
+
+
+def test_nodes_keep_their_names_and_tell_their_sources() -> None:
+    proto = with_norms("h = MatMul(x, w)\na = Add(h, c)\ny = BN(a|)", *ROWS[:2], {"w": W, **BIAS})
+    work = ir.from_proto(onnx.shape_inference.infer_shapes(proto))
+    names = ("dense", "plus", "norm")
+    sources = ("one\ntwo", None, "two\nthree")
+    for node, name, source in zip(work.graph, names, sources, strict=True):
+        node.name = name
+        node.metadata_props.update({"fusenorm.source": source} if source else {})
     assert FoldBatchNorm()(work).modified
-    assert not FoldBatchNorm()(work).modified
+    assert [node.name for node in work.graph] == ["dense", "plus"]
+    assert work.graph[0].metadata_props["fusenorm.source"] == "one\ntwo\nplus\nthree"
+
+
+@pytest.mark.parametrize("op_type", ["MatMul", "Add", "Reshape", "BatchNormalization"])
+def test_operators_of_another_domain_stay(op_type: str) -> None:
+    body = "h = MatMul(x, w)\na = Add(h, c)\nr = Reshape(a, flat)\ny = BN(r|)"
+    flat = np.array([-1, C])
+    proto = with_norms(body, *SEQUENCE[:1], "float[m,6] y", {"w": W, "flat": flat, **BIAS})
+    proto = onnx.shape_inference.infer_shapes(proto, data_prop=True)
+    for node in proto.graph.node:
+        node.domain = "other" if node.op_type == op_type else ""
+    assert not FoldBatchNorm(validate=False)(ir.from_proto(proto)).modified
 
 
 def test_names_never_meet() -> None:
@@ -544,6 +661,30 @@ def test_names_never_meet() -> None:
     for flag in (True, False):
         report = same(proto, {"x": rows(4, 8), "flag": np.array(flag)})
         assert fused_ops(report) == ["BatchNorm"]
+
+
+def test_names_made_up_in_a_branch() -> None:
+    """The first that no value has, an outer one the branch may read included."""
+    body = """
+      h_folded_bias = Neg(h_folded_weight)
+      y = If (flag) <
+        then_branch = yes () => (float[n,6] p) {
+          h = MatMul(x, w)
+          b = BN(h|)
+          m = Mul(b, h_folded_weight_2)
+          p = Add(m, h_folded_bias) },
+        else_branch = no () => (float[n,6] q) { q = Abs(h_folded_bias) }
+      >
+    """
+    inputs = "float[n,8] x, float[n,6] h_folded_weight, bool flag"
+    proto = with_norms(body, inputs, "float[n,6] y", {"w": W, "h_folded_weight_2": rows(C)})
+    work = ir.from_proto(onnx.shape_inference.infer_shapes(proto))
+    assert FoldBatchNorm()(work).modified
+    branch = next(node for node in work.graph if node.op_type == "If").attributes["then_branch"]
+    assert set(branch.as_graph().initializers) == {"h_folded_weight_3", "h_folded_bias_2"}
+    feeds = {"x": rows(4, 8), "h_folded_weight": rows(4, C), "flag": np.array(True)}
+    (a,), (b,) = run(proto, feeds), run(ir.to_proto(work), feeds)
+    np.testing.assert_allclose(b, a, rtol=0, atol=4e-6 * np.abs(a).max())
 
 
 @given(data=st.data())

@@ -13,6 +13,18 @@ from tests.passes.test_fold_batch_norm import BIAS, NORM, PLAIN, ROWS, C, W, wit
 REFUSED = {
     "read twice": (PLAIN + "\nz = Relu(h)", "float[n,8] x", "float[n,6] y, float[n,6] z", "shared"),
     "an output": (PLAIN, "float[n,8] x", "float[n,6] y, float[n,6] h", "shared"),
+    "an activation read twice": (
+        "h = Relu(x)\ny = BN(h|)\nz = Neg(h)",
+        "float[n,6] x",
+        "float[n,6] y, float[n,6] z",
+        "no_linear",
+    ),
+    "the product read twice": (
+        "h = MatMul(x, w)\na = Add(h, c)\ny = BN(a|)\nz = Relu(h)",
+        "float[n,8] x",
+        "float[n,6] y, float[n,6] z",
+        "no_linear",
+    ),
     "the sum read twice": (
         "m = MatMul(x, w)\nh = Add(m, c)\ny = BN(h|)\nz = Relu(h)",
         "float[n,8] x",
@@ -53,6 +65,18 @@ REFUSED = {
         "h = MatMul(x, w12)\nr = Reshape(h, flat)\ny = BN(r|)",
         "float[n,8] x",
         "float[p,6] y",
+        "no_linear",
+    ),
+    "a reshape to channels in the middle": (
+        "h = MatMul(x, w)\nr = Reshape(h, square)\ny = BN(r|)",
+        "float[12,8] x",
+        "float[2,6,6] y",
+        "no_linear",
+    ),
+    "a sum behind a convolution": (
+        "h = Conv(x, k1)\na = Add(h, one)\ny = BN(a|)",
+        "float[n,6,9] x",
+        "float[n,6,9] y",
         "no_linear",
     ),
     "one channel made many": (
@@ -96,6 +120,12 @@ REFUSED = {
         "float[n,8] x, float[6] u",
         "float[n,6] y",
         "not_constant",
+    ),
+    "a bias of one column": (
+        "h = MatMul(x, w)\na = Add(h, column)\ny = BN(a|)",
+        "float[6,8] x",
+        "float[6,6] y",
+        "bias_shape",
     ),
     "a bias of many rows": (
         "h = MatMul(x, w)\na = Add(h, many)\ny = BN(a|)",
@@ -156,7 +186,25 @@ REFUSED = {
         "h = BN(x|)\ny = MatMul(a, h)",
         "float[n,6] x, float[m,n] a",
         "float[m,6] y",
-        "axis",
+        "not_constant",
+    ),
+    "the bias itself": (
+        "h = BN(x|)\ny = Gemm(a, v6, h)",
+        "float[n,6] x, float[n,6] a",
+        "float[n,6] y",
+        "not_constant",
+    ),
+    "no weights": (
+        "h = MatMul(x, w0)\ny = BN(h|)",
+        "float[n,0] x",
+        "float[n,6] y",
+        "not_constant",
+    ),
+    "one channel spread by a bias": (
+        "h = BN(x|)\ng = Gemm(h, v1)\ny = Add(g, c)",
+        "float[n,6] x",
+        "float[n,6] y",
+        "bias_shape",
     ),
     "captured by a branch": (
         "h = MatMul(x, w)\ny = BN(h|)\nz = If (flag) <"
@@ -173,6 +221,14 @@ REFUSED = {
         "float[n,8] x, bool flag, float[n,6] x6",
         "float[n,6] y",
         "shared",
+    ),
+    "a sum in a branch of a product from outside": (
+        "h = MatMul(x, w)\ny = If (flag) <"
+        "then_branch = yes () => (float[n,6] p) { a = Add(h, c)\np = BN(a|) },"
+        "else_branch = no () => (float[n,6] q) { q = Neg(x6) }>",
+        "float[n,8] x, bool flag, float[n,6] x6",
+        "float[n,6] y",
+        "no_linear",
     ),
     "a branch's output": (
         "y, z = If (flag) <"
@@ -193,12 +249,18 @@ POOL = {
     "kg": rows(4, 3, 3, 3),
     "w5": rows(3, 5),
     "many": rows(3, C),
+    "column": rows(C, 1),
     "shape": np.array([-1, C, 1]),
     "flat": np.array([-1, C]),
     "k1": rows(C, C, 1),
     "w12": rows(8, 2 * C),
     "w1": rows(8, 1),
     "c3": rows(1, 1, C),
+    "w0": rows(0, C),
+    "v1": rows(C, 1),
+    "v6": rows(C, C),
+    "one": np.float32(1),
+    "square": np.array([-1, C, C]),
 }
 SIZES = {"n": 4, "m": 3, "s": 5}
 
@@ -212,7 +274,7 @@ def _feeds(proto: onnx.ModelProto) -> dict[str, np.ndarray]:
     feeds = {}
     for seed, info in enumerate(proto.graph.input):
         tensor = info.type.tensor_type
-        shape = [dim.dim_value or SIZES[dim.dim_param] for dim in tensor.shape.dim]
+        shape = [SIZES.get(dim.dim_param, dim.dim_value) for dim in tensor.shape.dim]
         is_flag = tensor.elem_type == onnx.TensorProto.BOOL
         feeds[info.name] = np.array(True) if is_flag else rows(*shape, seed=seed)
     return feeds
@@ -228,19 +290,47 @@ def test_refused(body: str, inputs: str, outputs: str, reason: str) -> None:
     assert [(site.status, site.reason) for site in sites] == [("refused", reason)]
 
 
-def test_statistics_of_its_own_input() -> None:
-    body = PLAIN.replace("<epsilon", "<training_mode = 1, epsilon").replace("y =", "y, a, b =")
-    body = body.replace("BN(", NORM.replace("<", "<training_mode = 1, "))
-    proto = with_norms(body, "float[n,8] x", "float[n,6] y, float[6] a, float[6] b", {"w": W})
+@pytest.mark.parametrize(
+    ("body", "inputs", "reason"),
+    [
+        (
+            "u = Reshape(x, s)\nh = MatMul(u, w)\ny = BN(h|)",
+            "float[k] x, int64[r] s",
+            "rank_unknown",
+        ),
+        (
+            "u = Reshape(x, s)\nh = MatMul(u, w)\nr = Reshape(h, flat)\ny = BN(r|)",
+            "float[k] x, int64[r] s",
+            "no_linear",
+        ),
+        (
+            "h = BN(x|)\nr = Reshape(h, s)\ny = MatMul(r, w)",
+            "float[n,c] x, int64[2] s",
+            "no_linear",
+        ),
+    ],
+    ids=["the rank", "the rank in front of a reshape", "the channels a reshape makes"],
+)
+def test_unknown(body: str, inputs: str, reason: str) -> None:
+    proto = with_norms(body, inputs, "float[p,6] y", _used(body))
+    assert reasons(fusenorm.explain(proto)) == {reason}
+
+
+@pytest.mark.parametrize(("outputs", "opset"), [("y", 18), ("y, a, b", 18), ("y, a, b, d, e", 13)])
+def test_statistics_of_its_own_input(outputs: str, opset: int) -> None:
+    """Before opset 14 the further outputs alone say so."""
+    norm = NORM.replace("<", "<training_mode = 1, ") if opset >= 14 else NORM
+    body = f"h = MatMul(x, w)\n{outputs} = {norm}h|)"
+    types = f"float[n,6] {outputs}".replace(", ", ", float[6] ")
+    proto = with_norms(body, "float[n,8] x", types, {"w": W}, opset=opset)
     assert reasons(fusenorm.explain(proto)) == {"training_mode"}
 
 
-def test_statistics_returned_are_computed() -> None:
-    """Before opset 14 the further outputs alone said so."""
-    body = PLAIN.replace("y =", "y, a, b, d, e =")
-    outputs = ", ".join(["float[n,6] y", *(f"float[6] {name}" for name in "abde")])
-    proto = with_norms(body, "float[n,8] x", outputs, {"w": W}, opset=13)
-    assert reasons(fusenorm.explain(proto)) == {"training_mode"}
+@pytest.mark.parametrize("body", ["t = Transpose(x)\ny = BN(t|)", "t = BN(x|)\ny = Transpose(t)"])
+def test_rows_of_one_axis(body: str) -> None:
+    """They have one channel and no axis of it."""
+    proto = with_norms(body, "float[n] x", "float[n] y", {}, channels=1)
+    assert reasons(same(proto, {"x": rows(4)}, bound=0.0)) == {"no_linear"}
 
 
 def test_an_opset_in_which_it_means_something_else() -> None:

@@ -296,6 +296,15 @@ NUMBERS = {
         ("clipped", "t = Add (x, a)\ns = Min (t, high)", ROWS),
         ("clipped", "t = Add (x, a)\ns = Max (low, t)", ROWS),
         ("moved", "t = Add (x, a)\ns = Reshape (t, sh)", ROWS),
+        (
+            "moved",
+            "t = Add (x, a)\ns = Flatten (t)\ny = LayerNormalization (s, v)",
+            ROWS + ", float[24] v",
+        ),
+        ("moved", "t = Add (x, a)\ns = Squeeze (t)", ROWS),
+        ("moved", "t = Add (x, a)\ns = Unsqueeze (t, ax)", ROWS),
+        ("moved", "t = Add (x, a)\ns = Transpose (t)", ROWS),
+        ("between", "t = Add (x, a)\ns = Dropout (t)", ROWS),
         ("between", "t = Add (x, a)\ns = Identity (t)", ROWS),
         (None, "t = Add (x, a)\ns = Neg (t)", ROWS),
         (None, "t = Add (x, bias)\ns = Identity (t)", ROWS),
@@ -337,6 +346,13 @@ def test_proposals(found: str | None, body: str, inputs: str) -> None:
     if "LayerNorm" not in body and "RMSNorm" not in body:
         body = f"{body}\ny = LayerNormalization (s, g)"
     assert proposed(FuseResidual(), body, inputs, constants=NUMBERS, opset=23) == found
+
+
+def test_it_starts_at_norms_without_a_sum() -> None:
+    roots = FuseResidual.roots
+    assert roots > {"LayerNormalization", "RMSNormalization"}
+    assert roots > {"fusenorm::RMSNorm", "fusenorm::LayerNorm_f16_bias"}
+    assert not any("Skip" in root for root in roots)
 
 
 def test_the_sums_it_is_spelled_with() -> None:

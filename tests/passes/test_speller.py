@@ -81,13 +81,23 @@ def test_every_option_of_every_choice_is_written_once() -> None:
     assert singles <= set(taken[:12])
 
 
+def test_at_most_200_of_opset_18_unless_asked_for_others() -> None:
+    def choose(speller: Speller) -> ir.Value:
+        x = speller.row("x")
+        for _ in range(3):
+            speller.pick(12)
+        return speller.node("Neg", [x])
+
+    assert [model.opset_imports[""] for model in spellings(choose)] == [18] * 200
+
+
 def test_no_more_than_asked_for_and_never_one_twice() -> None:
     one, two = Op("Neg", (X,)), Op("Abs", (X,))
     pattern = Op("Mul", (Op("Add", (X, Op("Mul", (one, two)))), OneOf((X, one))))
     texts = [str(ir.to_proto(model)) for model in spelled(pattern, limit=100)]
     assert len(texts) == len(set(texts)) == 2 * 2 * 2 * 2
     assert [len(spelled(pattern, limit=count)) for count in (1, 3)] == [1, 3]
-    mixed = [str(ir.to_proto(model)) for model in spelled(pattern, limit=18)]
+    mixed = [str(ir.to_proto(model)) for model in spellings(write(pattern), limit=18)]
     assert sorted(mixed) == sorted(texts)
 
 

@@ -39,6 +39,7 @@ MS = "com.microsoft"
 SUM = f"y, m, v, s = {MS}."
 CASES = [
     ("y = SimplifiedLayerNormalization<axis = -1, epsilon = 0.01>(x, g)", "RMSNorm"),
+    ("y = SimplifiedLayerNormalization(x, g)", "RMSNorm"),
     (f"y = {MS}.SkipLayerNormalization<epsilon = 0.01>(x, r, g, b)", "SkipLayerNorm"),
     (f"{SUM}SkipLayerNormalization<epsilon = 0.01>(x, r, g, b, c)", "SkipLayerNorm"),
     (f"{SUM}SkipLayerNormalization(x, r, g)", "SkipLayerNorm"),
@@ -110,6 +111,15 @@ def _left(report: Report) -> list[tuple[str, str, str | None]]:
     [
         ("y = SimplifiedLayerNormalization<axis = 1>(x, g)", "float", ("RMSNorm", "axis")),
         (f"y = {MS}.SkipLayerNormalization(x, r, g)", "bfloat16", ("SkipLayerNorm", "types")),
+        (
+            f"y = {MS}.SkipSimplifiedLayerNormalization(x, r, g)",
+            "bfloat16",
+            ("SkipRMSNorm", "types"),
+        ),
+        (f"y = {MS}.Gelu(x)", "bfloat16", ("Gelu", "types")),
+        (f"y = {MS}.BiasGelu(x, b)", "bfloat16", ("Gelu", "types")),
+        (f"y = {MS}.FastGelu(x)", "bfloat16", ("Gelu", "types")),
+        (f"y = {MS}.BiasSplitGelu(x, b)", "bfloat16", ("GLU", "types")),
         (f"h = {MS}.Unknown(x)\ny = {MS}.QuickGelu(h)", "float", ("Swish", "type_unknown")),
     ],
 )

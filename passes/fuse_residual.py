@@ -35,14 +35,11 @@ class _Branch:
     nodes: tuple[ir.Node, ...] = ()
 
 
-def _branches(value: ir.Value, size: int) -> list[_Branch]:
-    """How an operand can be read: with its factor absorbed, or as it stands."""
-    plain = _Branch(value)
-    node = value.producer()
-    if node is None or node.op_type != "Mul" or node.domain != "":
-        return [plain]
-    if len(value.uses()) != 1 or value.is_graph_output():
-        return [plain]
+def _branch(value: ir.Value, size: int) -> _Branch:
+    """An operand with its factor absorbed, or as it stands."""
+    node = facts.made_by(value, "Mul")
+    if node is None or len(value.uses()) != 1 or value.is_graph_output():
+        return _Branch(value)
     for row, factor in (node.inputs, tuple(reversed(node.inputs))):
         assert row is not None
         assert factor is not None
@@ -50,12 +47,12 @@ def _branches(value: ir.Value, size: int) -> list[_Branch]:
             continue
         number = facts.scalar(factor)
         if number is not None:
-            return [_Branch(row, number=number, nodes=(node,)), plain]
+            return _Branch(row, number=number, nodes=(node,))
         if facts.is_constant(factor):
             vector = as_vector(factor, size, facts.rank(row))
             if vector is not None:
-                return [_Branch(row, vector=vector, nodes=(node,)), plain]
-    return [plain]
+                return _Branch(row, vector=vector, nodes=(node,))
+    return _Branch(value)
 
 
 # What a sum may go through on its way to a norm, and the reason it then stays outside.
@@ -124,8 +121,8 @@ class FuseResidual(Rule):
     `clipped`: the norm reads the sum through Clip, Min or Max (T5 in f16). `moved`: through a
     Reshape or Transpose that cannot move out of the way. `between`: through a Cast or Dropout.
     `rounding`: a 16-bit Sum of several rounds once, Adds would each round. `no_residual`: the
-    operands are not provably rows of the hidden size. `stats_used`, `axis`, `scale_shape`,
-    `types`, `cycle`, `check_failed`.
+    operands are not provably rows of the hidden size. `other_graph`: the sum is outside the body
+    the norm is in. `stats_used`, `axis`, `scale_shape`, `types`, `cycle`, `check_failed`.
 
     ## References
     arXiv 2203.00555 (DeepNorm), 2103.17239 (LayerScale).
@@ -157,7 +154,8 @@ class FuseResidual(Rule):
 
     def propose(self, root: ir.Node) -> Rewrite | Miss | None:
         found, norm = _sum_behind(root.inputs[0]), read_norm(root)
-        if found is None or norm is None or found[0].graph is not root.graph:
+        assert norm is not None
+        if found is None:
             return None
         total, between = found
         s = total.outputs[0]
@@ -170,16 +168,13 @@ class FuseResidual(Rule):
         if total.op_type == "Sum":
             detail = f"a Sum of {len(total.inputs)} rounds once where Adds would each round"
             return Miss((total, root), Refusal("rounding", node_name(total), detail))
-        size = facts.last_dim(s) or (facts.last_dim(norm.vectors[0]) if norm.vectors else None)
         a, b = total.inputs
         assert a is not None
         assert b is not None
+        size = facts.last_dim(s)
         if size is None or facts.last_dim(a) != size or facts.last_dim(b) != size:
             detail = f"{a.name} and {b.name} are not provably rows of the hidden size {size}"
             return Miss((total, root), Refusal("no_residual", node_name(total), detail))
-        if facts.dtype_of(a) != norm.spec.dtype:
-            detail = f"sum of {facts.dtype_of(a)} feeds a norm of {norm.spec.dtype}"
-            return Miss((total, root), Refusal("types", node_name(total), detail))
         x, skip = _assign(a, b, size)
         if any(_reads(vector, total) for vector in norm.vectors):
             detail = "scale or bias is computed from the sum itself"
@@ -205,9 +200,9 @@ class FuseResidual(Rule):
 
 def _assign(a: ir.Value, b: ir.Value, size: int) -> tuple[_Branch, _Branch]:
     """Which operand is x and which is skip: x takes a number only, skip may take a vector."""
-    first, second = _branches(a, size)[0], _branches(b, size)[0]
+    first, second = _branch(a, size), _branch(b, size)
     if first.vector is not None and second.vector is not None:
-        second = _branches(b, size)[-1]
+        second = _Branch(b)
     if first.vector is not None:
         first, second = second, first
     if first.number is None and second.number is not None:

@@ -67,9 +67,9 @@ class Speller:
     def narrowed(self, values: list[ir.Value]) -> list[ir.Value]:
         """Operands of one type: where one is rounded already, the others skip their Cast up."""
         types = {value.dtype for value in values if facts.dtype_of(value) is not None}
-        narrow: ir.DataType | None = DTYPES[self.dtype].onnx
-        if len(types) == 1 or narrow not in types:
+        if len(types) < 2:
             return values
+        narrow = DTYPES[self.dtype].onnx
         sources = [value if value.dtype == narrow else value.producer() for value in values]
         return [s.inputs[0] if isinstance(s, ir.Node) else s for s in sources]  # type: ignore[misc]
 
@@ -117,8 +117,9 @@ class Speller:
         key = f"{value.name}_split"
         if f"{key}_0" not in self.values:
             dtype = DTYPES[self.dtype].onnx
-            outputs = [ir.val(f"{key}_{index}", dtype=dtype) for index in (0, 1)]
-            self.values.update({f"{key}_{index}": out for index, out in enumerate(outputs)})
+            names = [f"{key}_{index}" for index in (0, 1)]
+            outputs = [ir.val(name, dtype=dtype) for name in names]
+            self.values.update(zip(names, outputs, strict=True))
             attributes: dict[str, int] = {"axis": (-1, self.rank - 1)[self.pick(2)]}
             if self.opset >= 18:
                 attributes["num_outputs"] = 2
@@ -173,9 +174,9 @@ def spellings(
     rng = np.random.default_rng(seed)
     pending: list[list[int]] = [[]]
     seen: set[tuple[int, ...]] = set()
-    tried = 0
-    while pending and len(seen) < limit and tried < 20 * limit:
-        tried += 1
+    for _ in range(20 * limit):  # mixtures repeat themselves where there are few spellings
+        if not pending or len(seen) == limit:
+            return
         systematic = len(seen) < limit // 2
         choices = pending.pop(0) if systematic else list(rng.integers(0, 12, 64))
         speller = Speller(choices, opset, dtype, rank, island, axes)
@@ -184,8 +185,7 @@ def spellings(
         if taken in seen:
             continue
         seen.add(taken)
-        if len(choices) < 64:
-            for position in range(len(choices), len(taken)):
-                options = range(1, speller.sizes[position])
-                pending += [[*taken[:position], option] for option in options]
+        for position in range(len(choices), len(taken)):
+            options = range(1, speller.sizes[position])
+            pending += [[*taken[:position], option] for option in options]
         yield speller.model(output)

@@ -61,20 +61,18 @@ class _Contrib:
 
 def _norm(*, centred: bool, skip: bool) -> Writer:
     def write(body: Body, call: _Call) -> None:
-        # The order of the optional inputs: beta (LayerNorm only), then a bias of the sum.
-        first = 3 if skip else 2
-        beta = call.has(first) if centred else False
-        if skip and call.has(first + centred):
-            body.let("skip", "Add (skip_in, sum_bias)")
-        elif skip:
-            body.let("skip", "Identity (skip_in)")
+        # Behind the scale: beta (SkipLayerNormalization only), then a bias of the sum.
+        beta = centred and call.has(3)
+        if skip:
+            biased = call.has(3 + centred)
+            body.let("skip", "Add (skip_in, sum_bias)" if biased else "Identity (skip_in)")
         spec = Norm(
             centred=centred,
             skip=skip,
             dtype=call.dtype,
             scale=call.dtype,
             bias=call.dtype if beta else None,
-            residual="storage" if call.dtype == "f32" or not skip else "f32",
+            residual="f32",
         )
         spec.write(body)
 
@@ -167,7 +165,7 @@ class UnfuseContrib(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         opset = model.opset_imports.get("", 0)
-        count = 0
+        written: list[ir.Function] = []
         for graph in model.graphs():
             for node in graph:
                 entry = TABLE.get((node.domain, node.op_type))
@@ -178,16 +176,14 @@ class UnfuseContrib(ir.passes.InPlacePass):
                     node.meta[MISS_KEY] = (entry.op, Miss((node,), call))
                     continue
                 _type_rows(node, entry, call.dtype)
-                function = _function(f"{node.op_type}_{count}", node, entry, call, opset)
+                function = _function(f"{node.op_type}_{len(written)}", node, entry, call, opset)
+                written.append(function)
                 model.functions[function.identifier()] = function
                 node.domain, node.op_type = function.domain, function.name
-                node.attributes.clear()
-                count += 1
-        if not count:
+        if not written:
             return ir.passes.PassResult(model, False)
         common.InlinePass(criteria=lambda function: function.domain == _BODIES)(model)
         common.NameFixPass()(model)
-        common.RemoveUnusedOpsetsPass()(model)
         return ir.passes.PassResult(model, True)
 
 
@@ -228,16 +224,14 @@ def _type_rows(node: ir.Node, entry: _Contrib, dtype: DType) -> None:
 def _function(name: str, node: ir.Node, entry: _Contrib, call: _Call, opset: int) -> ir.Function:
     body = Body(opset)
     entry.write(body, call)
+    slots = enumerate(entry.outputs[: len(node.outputs)])
+    outputs = ", ".join(
+        slot or body.let(f"unused_{index}", "Identity (x)") for index, slot in slots
+    )
     lines = "\n".join(body.lines)
     for number, value in call.numbers.items():
         lines = lines.replace(f"@{number}", repr(value))
     inputs = ", ".join(entry.inputs[: len(node.inputs)])
-    outputs = ", ".join(
-        slot or f"unused_{index}" for index, slot in enumerate(entry.outputs[: len(node.outputs)])
-    )
-    for index, slot in enumerate(entry.outputs[: len(node.outputs)]):
-        if slot is None:
-            lines += f"\nunused_{index} = Identity (x)"
     text = (
         f'<domain: "{_BODIES}", opset_import: ["" : {opset}]>\n'
         f"{name} ({inputs}) => ({outputs})\n{{\n{lines}\n}}"

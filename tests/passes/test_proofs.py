@@ -33,8 +33,8 @@ def test_vectors_are_numbers_around_1_of_the_constant_s_magnitude(exponent: int)
     assert numbers.std() == pytest.approx(0.5, abs=0.05)
 
 
-@pytest.mark.parametrize("layout", ["heads", "sequence"])
-def test_attention_s_rows_are_plain(layout: Layout) -> None:
+@pytest.mark.parametrize("layout", ["heads", "sequence", "table", "cache", "panels"])
+def test_attention_s_rows_and_weights_are_plain(layout: Layout) -> None:
     rows = drawn(layout, 8, 2048)
     np.testing.assert_allclose(rows.mean(axis=1), 0, atol=0.1)
     np.testing.assert_allclose(rows.std(axis=1), 1, atol=0.1)

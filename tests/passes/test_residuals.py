@@ -6,10 +6,11 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from fusenorm.passes import Canonicalize, FuseNorm, FuseResidualNorm
+from fusenorm.passes import Canonicalize, FuseNorm, FuseResidualNorm, facts
 from fusenorm.passes.fuse_residual import FuseResidual
 from fusenorm.passes.pattern import Refusal
 from fusenorm.passes.rewrite import Rewrite
+from fusenorm.passes.speller import Speller, spellings
 from fusenorm.report import Report, Site, collect_sites
 from tests.graphs import fused, fused_ops, model, proposed, reasons, rows, same
 
@@ -107,6 +108,17 @@ def test_a_bias_alone_is_no_residual(sums: str) -> None:
     }  # fmt: skip
     report = same(model(f"{sums}\n{NORM.format('s')}", constants=constants), {"x": FEEDS["x"]})
     assert [(site.op, site.status) for site in report.sites] == [("RMSNorm", "fused")]
+
+
+def test_a_factor_whose_product_is_an_output_is_not_taken_in() -> None:
+    body = "m = Mul(x, half)\ns = Add(m, a)\ny = LayerNormalization(s, gamma)"
+    outputs = ", ".join(f"float[b,s,8] {name}" for name in "yms")
+    constants = {"half": np.float32(0.5), "gamma": GAMMA}
+    proto = model(body, "float[b,s,8] x, float[b,s,8] a", outputs, constants=constants)
+    *_, root = ir.from_proto(proto).graph
+    found = FuseResidual().propose(root)
+    assert isinstance(found, Rewrite)
+    assert [value.name for value in found.inputs] == ["m", "a", "gamma"]
 
 
 BETWEEN = [
@@ -284,6 +296,15 @@ NUMBERS = {
         ("clipped", "t = Add (x, a)\ns = Min (t, high)", ROWS),
         ("clipped", "t = Add (x, a)\ns = Max (low, t)", ROWS),
         ("moved", "t = Add (x, a)\ns = Reshape (t, sh)", ROWS),
+        (
+            "moved",
+            "t = Add (x, a)\ns = Flatten (t)\ny = LayerNormalization (s, v)",
+            ROWS + ", float[24] v",
+        ),
+        ("moved", "t = Add (x, a)\ns = Squeeze (t)", ROWS),
+        ("moved", "t = Add (x, a)\ns = Unsqueeze (t, ax)", ROWS),
+        ("moved", "t = Add (x, a)\ns = Transpose (t)", ROWS),
+        ("between", "t = Add (x, a)\ns = Dropout (t)", ROWS),
         ("between", "t = Add (x, a)\ns = Identity (t)", ROWS),
         (None, "t = Add (x, a)\ns = Neg (t)", ROWS),
         (None, "t = Add (x, bias)\ns = Identity (t)", ROWS),
@@ -325,3 +346,32 @@ def test_proposals(found: str | None, body: str, inputs: str) -> None:
     if "LayerNorm" not in body and "RMSNorm" not in body:
         body = f"{body}\ny = LayerNormalization (s, g)"
     assert proposed(FuseResidual(), body, inputs, constants=NUMBERS, opset=23) == found
+
+
+def test_it_starts_at_norms_without_a_sum() -> None:
+    roots = FuseResidual.roots
+    assert roots > {"LayerNormalization", "RMSNormalization"}
+    assert roots > {"fusenorm::RMSNorm", "fusenorm::LayerNorm_f16_bias"}
+    assert not any("Skip" in root for root in roots)
+
+
+def test_the_sums_it_is_spelled_with() -> None:
+    def write(speller: Speller) -> ir.Value:
+        rule.example(speller)
+        return rule.pattern.spell(speller)
+
+    def text(value: ir.Value) -> str:
+        node = value.producer()
+        if node is not None:
+            return f"{node.op_type}({', '.join(sorted(text(v) for v in node.inputs if v))})"
+        number = facts.scalar(value)
+        return str(value.name) if value.const_value is None else f"{number or 'vector'}"
+
+    rule = FuseResidual()
+    models = list(spellings(write, limit=100))
+    assert len(models) == 2 * (1 + 2) * (1 + 2 + 2)
+    assert {text(model.graph[-1].inputs[0]) for model in models} == {  # type: ignore[arg-type]
+        f"Add({skip}, {x})" if skip < x else f"Add({x}, {skip})"
+        for x in ("x", "Mul(1.75, x)")
+        for skip in ("skip", "Mul(0.25, skip)", "Mul(skip, vector)")
+    }

@@ -81,12 +81,24 @@ def test_every_option_of_every_choice_is_written_once() -> None:
     assert singles <= set(taken[:12])
 
 
+def test_at_most_200_of_opset_18_unless_asked_for_others() -> None:
+    def choose(speller: Speller) -> ir.Value:
+        x = speller.row("x")
+        for _ in range(3):
+            speller.pick(12)
+        return speller.node("Neg", [x])
+
+    assert [model.opset_imports[""] for model in spellings(choose)] == [18] * 200
+
+
 def test_no_more_than_asked_for_and_never_one_twice() -> None:
     one, two = Op("Neg", (X,)), Op("Abs", (X,))
     pattern = Op("Mul", (Op("Add", (X, Op("Mul", (one, two)))), OneOf((X, one))))
     texts = [str(ir.to_proto(model)) for model in spelled(pattern, limit=100)]
     assert len(texts) == len(set(texts)) == 2 * 2 * 2 * 2
     assert [len(spelled(pattern, limit=count)) for count in (1, 3)] == [1, 3]
+    mixed = [str(ir.to_proto(model)) for model in spellings(write(pattern), limit=18)]
+    assert sorted(mixed) == sorted(texts)
 
 
 def test_half_are_systematic_and_half_are_mixtures_of_the_seed() -> None:
@@ -99,6 +111,7 @@ def test_half_are_systematic_and_half_are_mixtures_of_the_seed() -> None:
     assert one == two
     assert one[:30] == other[:30]
     assert one[30:] != other[30:]
+    assert one[30] != other[30]
     # The first have one or two choices that are not the default, the others most of them.
     unusual = [len(names) - 8 for names in one]
     assert max(unusual[:30]) <= 2
@@ -182,6 +195,12 @@ def test_integers_stay_what_they_are(dtype: str) -> None:
     infer_shapes(ir.to_proto(model), check_type=True, strict_mode=True)
     assert nodes(model) == ["Unsqueeze", "Reshape"]
     assert value(model).ndim == 3
+
+
+def test_no_number_takes_the_type_of_an_integer() -> None:
+    speller = Speller([], 18, "f16", 3)
+    number = speller.number(1.5, "f64")
+    assert speller.typed(number, speller.constant(np.array([1, 2]))) is number
 
 
 def test_a_reduction_over_two_axes_and_its_width() -> None:

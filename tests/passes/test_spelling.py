@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from fusenorm.passes import spelling
-from fusenorm.passes.pattern import Const, Op, Pattern, Var
+from fusenorm.passes.pattern import Const, Op, Pattern, Reduce, Var
 from tests.graphs import rows
-from tests.passes.test_speller import spelled, value
+from tests.passes.test_speller import nodes, spelled, value
 
 X = Var("x")
 POSITIVE = Op("Exp", (X,))
@@ -61,3 +61,13 @@ def test_every_spelling_computes_the_idea(name: str) -> None:
         (info,) = model.graph.inputs
         x = rows(*info.shape.numpy()).astype(np.float64)  # type: ignore[union-attr]
         np.testing.assert_allclose(value(model), formula(x), rtol=2e-5, atol=2e-5)
+
+
+def test_a_variance_is_of_the_deviation_or_a_difference_of_means() -> None:
+    deviation = Op("Sub", (X, Reduce("ReduceMean", X)))
+    models = spelled(spelling.variance(X, deviation, "x"), limit=40)
+    assert {nodes(model)[-1] for model in models} == {"ReduceMean", "Div", "Mul", "Sub"}
+    for model in models:
+        (info,) = model.graph.inputs
+        x = rows(*info.shape.numpy())  # type: ignore[union-attr]
+        np.testing.assert_allclose(value(model), x.var(-1, keepdims=True), rtol=2e-5, atol=2e-5)

@@ -36,6 +36,8 @@ PATIENCE, FACTOR = 10, 3
 BUDGET = 10.0
 # Lines before and after a change whose tests come first.
 NEAR = 10
+# Files of tests that are tried one at a time where a mutant must be imported.
+ALONE = 5
 
 _Functions = Mapping[tuple[str, int], Sequence[FunctionType]]
 
@@ -94,6 +96,7 @@ class Hunt:
         inside: of those that change functions.
         outside: of those that change what runs at import.
         killers: the tests that noticed one in this process.
+        lines: in the file, and one.
         often: how many tests run each line.
     """
 
@@ -120,6 +123,7 @@ class Hunt:
         self.log.touch()
         self.killers: set[str] = set()
         lines = (trial.lines.get(file.name, ()) for trial in survey.trials.values())
+        self.lines = len(file.read_text(encoding="utf-8").splitlines()) + 1
         self.often = collections.Counter(itertools.chain.from_iterable(lines))
 
     @property
@@ -188,23 +192,25 @@ class Hunt:
     def _survives_import(self, mutant: Mutant) -> bool:
         """Whether the tests pass where the module is imported with the change.
 
-        Collecting them takes longest, so the file of tests that noticed most comes first, alone.
+        Collecting all tests takes longest, so those of a few files come first, one file at a time.
         """
-        order = self._order(list(self.survey.trials), mutant)
-        sums = collections.Counter[str]()
-        for function, count in self.kills.items():
-            sums[function.split("::")[0]] += count
-        best = max(sums, key=sums.__getitem__, default="")
-        parts = [name for name in order if name.startswith(best)], order
+        direct = [n for n, trial in self.survey.trials.items() if self.file.name in trial.lines]
+        files = collections.defaultdict(list)
+        for name in self._order(direct, range(self.lines)):
+            files[name.split("::")[0]].append(name)
         code = mutant.code(self.tree)
 
         def run(part: list[str]) -> int:
-            files = dict.fromkeys(name.split("::")[0] for name in part)
             load_instead({self.file: code})
-            return int(pytest.main([*OPTIONS, *files], plugins=[Chosen(part, self.killer)]))
+            given = dict.fromkeys(name.split("::")[0] for name in part)
+            return int(pytest.main([*OPTIONS, *given], plugins=[Chosen(part, self.killer)]))
 
+        parts = [*files.values()]
+        rest = list(itertools.chain.from_iterable(parts[ALONE:]))
         return all(
-            not part or self._status(functools.partial(run, part), part) == 0 for part in parts
+            self._status(functools.partial(run, part), part) == 0
+            for part in (*parts[:ALONE], rest)
+            if part
         )
 
     def _survives_in_place(
@@ -216,7 +222,8 @@ class Hunt:
             for name, trial in self.survey.trials.items()
             if trial.runs(self.file.name, mutant.lines)
         ]
-        order = self._order(direct, mutant)
+        near = range(mutant.lines.start - NEAR, mutant.lines.stop + NEAR)
+        order = self._order(direct, near)
         code = mutant.code()
         changed = [(function, part) for key, part in _walk(code) for function in live.get(key, ())]
         if any(function.__code__.co_freevars != part.co_freevars for function, part in changed):
@@ -254,10 +261,11 @@ class Hunt:
                 log.write(f"{_function(killer)}\n")
         return status
 
-    def _order(self, names: Sequence[str], mutant: Mutant) -> list[str]:
-        """First the quick tests of little else that notice most and run the lines few others do."""
+    def _order(self, names: Sequence[str], near: range) -> list[str]:
+        """First the quick tests of little else that notice most and run those of the lines `near`
+        few others do.
+        """
         kills = self.kills
-        near = range(mutant.lines.start - NEAR, mutant.lines.stop + NEAR)
 
         def cost(name: str) -> float:
             trial = self.survey.trials[name]

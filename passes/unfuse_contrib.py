@@ -223,15 +223,25 @@ def _type_rows(node: ir.Node, entry: _Contrib, dtype: DType) -> None:
 
 def _function(name: str, node: ir.Node, entry: _Contrib, call: _Call, opset: int) -> ir.Function:
     body = Body(opset)
+    names = entry.inputs[: len(node.inputs)]
+    given = [name for name, present in zip(names, call.present, strict=True) if present]
+    stored = call.dtype
+    if "sum_bias" in given:  # three terms, and only their sum is rounded
+        call = dataclasses.replace(call, dtype="f32")
+    for name in given if call.dtype != stored else ():
+        body.cast(name, f"{name}_stored", stored, call.dtype)
     entry.write(body, call)
     slots = enumerate(entry.outputs[: len(node.outputs)])
     outputs = ", ".join(
-        slot or body.let(f"unused_{index}", "Identity (x)") for index, slot in slots
+        body.cast(f"{slot}_stored", slot, call.dtype, stored)
+        if slot
+        else body.let(f"unused_{index}", "Identity (x)")
+        for index, slot in slots
     )
     lines = "\n".join(body.lines)
     for number, value in call.numbers.items():
         lines = lines.replace(f"@{number}", repr(value))
-    inputs = ", ".join(entry.inputs[: len(node.inputs)])
+    inputs = ", ".join(f"{name}_stored" if call.dtype != stored else name for name in names)
     text = (
         f'<domain: "{_BODIES}", opset_import: ["" : {opset}]>\n'
         f"{name} ({inputs}) => ({outputs})\n{{\n{lines}\n}}"

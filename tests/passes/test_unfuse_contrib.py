@@ -80,14 +80,24 @@ def test_a_gated_gelu_of_biased_halves() -> None:
     np.testing.assert_allclose(y, up * ACTIVATIONS["gelu"].numpy(gate), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("norm", ["SkipSimplifiedLayerNormalization", "SkipLayerNormalization"])
+@pytest.mark.parametrize(
+    ("norm", "vectors"),
+    [
+        ("SkipSimplifiedLayerNormalization", "g"),
+        ("SkipSimplifiedLayerNormalization", "g, c"),
+        ("SkipLayerNormalization", "g"),
+        ("SkipLayerNormalization", "g, b"),
+        ("SkipLayerNormalization", "g, b, c"),
+        ("SkipLayerNormalization", 'g, "", c'),
+    ],
+)
 @pytest.mark.parametrize("mean", [0, 1000])
-def test_f16_skip_norm_sums_in_f32(norm: str, mean: int) -> None:
+def test_f16_skip_norm_sums_in_f32(norm: str, vectors: str, mean: int) -> None:
     """What a sum of large rows loses in f16 is all that is left when its mean is subtracted.
 
     onnxruntime itself leaves out the rounding between two nodes it runs in f32.
     """
-    body = f"y, m, v, s = {MS}.{norm}<epsilon = 0.01>(x, r, g)"
+    body = f"y, m, v, s = {MS}.{norm}<epsilon = 0.01>(x, r, {vectors})"
     proto = _model(body, "float16[n,s,16] y, float16[n,s,16] s", "float16")
     unfused = ReferenceEvaluator(ir.to_proto(UnfuseContrib()(ir.from_proto(proto)).model))
     after = ir.to_proto(fusenorm.optimize(proto).model)

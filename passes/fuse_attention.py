@@ -186,7 +186,7 @@ def _read_idle(reader: ir.Node) -> list[ir.Node]:
     if node is None or not is_inside(value):
         return []
     source = input_of(node)
-    return [node] if source.shape is not None and same(value.shape, source.shape) else []
+    return [node] if same(value.shape, source.shape) else []
 
 
 def _read_safe(weights: ir.Value, nodes: list[ir.Node]) -> tuple[ir.Value, Empty]:
@@ -274,21 +274,19 @@ def _factor(node: ir.Node) -> tuple[ir.Value, float] | None:
 
 
 def _strip_factors(site: Site, value: ir.Value) -> ir.Value:
-    while True:
-        node = value.producer()
-        factored = _factor(node) if node is not None else None
-        if node is None or factored is None:
-            return value
+    while (node := value.producer()) is not None and (factored := _factor(node)) is not None:
         site.nodes.append(node)
         value, factor = factored
         site.scale *= factor
+    return value
 
 
 def _read_operands(site: Site, keys: ir.Value) -> None:
     """Everything behind kᵀ, q and v that only moves data."""
     node = keys.producer()
     permutation = facts.permutation(node)
-    if node is not None and permutation in (_SWAPPED, _SEQUENCE_SWAPPED):
+    if permutation in (_SWAPPED, _SEQUENCE_SWAPPED):
+        assert node is not None
         site.nodes.append(node)
         site.k = input_of(node)
         site.letters["k"] = "s" if permutation == _SEQUENCE_SWAPPED else "h"
@@ -341,8 +339,9 @@ def _read_groups(site: Site) -> None:
     site.k, site.v, site.grouped = k.source, v.source, True
     for repeat in (k, v):
         site.nodes += repeat.nodes
-        for node in repeat.nodes[:2]:
-            _note_shape(site, node)
+        reshape, expand, _ = repeat.nodes
+        _note_shape(site, reshape)
+        _note_shape(site, expand)
 
 
 def _note_shape(site: Site, node: ir.Node) -> None:
@@ -370,15 +369,16 @@ def _read_repeat(value: ir.Value) -> _Repeat | None:
             return None
         nodes.append(node)
         value = input_of(node)
-    axes = facts.constant(nodes[2].inputs[1])
     expanded = nodes[1].outputs[0]
-    if axes is None or axes.reshape(-1).tolist() not in ([2], [-3]) or facts.rank(value) != 4:
+    if facts.squeezed_axis(nodes[2]) not in (2, -3):
+        return None
+    if facts.rank(value) != 4 or facts.rank(expanded) != 5:
         return None
     batch, heads, rows, inner = value.shape  # type: ignore[misc]
-    if facts.rank(expanded) != 5 or facts.rank(result) != 4 or not isinstance(heads, int):
-        return None
     copies = expanded.shape[2]  # type: ignore[index]
-    if not isinstance(copies, int) or not same(expanded.shape, (batch, heads, copies, rows, inner)):
+    if not isinstance(heads, int) or not isinstance(copies, int):
+        return None
+    if not same(expanded.shape, (batch, heads, copies, rows, inner)):
         return None
     if not same(result.shape, (batch, heads * copies, rows, inner)):
         return None
@@ -400,7 +400,7 @@ def read_standard(node: ir.Node) -> Site:
     Raises:
         Refused: it does more than the fused op.
     """
-    q, k, v, mask, *past = (*node.inputs, None, None)[: max(len(node.inputs), 4)]
+    q, k, v, mask, *past = (*node.inputs, None)
     assert q is not None
     assert k is not None
     assert v is not None
@@ -412,9 +412,12 @@ def read_standard(node: ir.Node) -> Site:
             raise Refused("form", node, f"has {name} = {attribute.value}")
     given = node.attributes.get("scale")
     inner = facts.last_dim(q)
-    if given is None and not inner:
+    if given is not None:
+        scale = given.as_float()
+    elif inner:
+        scale = 1 / math.sqrt(inner)
+    else:
         raise Refused("form", node, "scales by the root of a size that is not known")
-    scale = given.as_float() if given is not None else 1 / math.sqrt(inner or 1)
     site = Site(node, q, k, v, mask, scale, "zero", nodes=[node])
     if mask is not None and not _covers(mask, k):
         raise Refused("form", node, f"{mask.name} may be shorter than the keys")

@@ -28,6 +28,16 @@ from fusenorm.passes.spelling import add, mul, one_of
 _SWAPPED = (0, 1, 3, 2)
 _SEQUENCE = (0, 2, 1, 3)
 _SEQUENCE_SWAPPED = (0, 2, 3, 1)
+# Attributes of the standard op, and the values at which they do nothing.
+_IDLE = {
+    "is_causal": 0,
+    "softcap": 0,
+    "softmax_precision": 0,
+    "q_num_heads": 0,
+    "kv_num_heads": 0,
+    "left_window_size": -1,
+    "right_window_size": -1,
+}
 _SCORE_OPS = {"Tanh": "softcap", "Where": "mask_select"}
 
 
@@ -406,9 +416,9 @@ def read_standard(node: ir.Node) -> Site:
     assert v is not None
     if any(value is not None for value in past) or any(out.name for out in node.outputs[1:]):
         raise Refused("form", node, "keeps past keys and values, or gives its scores")
-    for name in ("is_causal", "softcap", "q_num_heads", "kv_num_heads", "softmax_precision"):
-        attribute = node.attributes.get(name)
-        if attribute is not None and attribute.value:
+    for name, attribute in node.attributes.items():
+        used = name in ("scale", "qk_matmul_output_mode")
+        if not used and attribute.value != _IDLE.get(name):
             raise Refused("form", node, f"has {name} = {attribute.value}")
     given = node.attributes.get("scale")
     inner = facts.last_dim(q)
@@ -431,11 +441,13 @@ def read_standard(node: ir.Node) -> Site:
 
 
 def _covers(mask: ir.Value, k: ir.Value) -> bool:
-    """Whether the mask provably has a column for every row of k [B, H, T, D], or one for all."""
+    """Whether the mask provably has a column for every row of k [B, H, T, D].
+
+    Where it has fewer, even one, the standard lets nothing attend to the rows without.
+    """
     if not facts.rank(mask) or facts.rank(k) != 4:
         return False
-    columns = mask.shape[-1]  # type: ignore[index]
-    return columns == 1 or same((columns,), (k.shape[2],))  # type: ignore[index]
+    return same((mask.shape[-1],), (k.shape[2],))  # type: ignore[index]
 
 
 def _same_heads(q: ir.Value, k: ir.Value, v: ir.Value) -> bool:

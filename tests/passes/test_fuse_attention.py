@@ -354,7 +354,9 @@ NUMBERS = {
         ("form", STANDARD, HEADS.replace("[b,1,s,t]", "[]")),
         ("form", STANDARD, HEADS.replace("s,t] m", "s,?] m").replace("t,4] k", "?,4] k")),
         ("form", STANDARD, HEADS.replace("float[b,6,t,4] k", "float[] k")),
-        ("Attention_hhhh_mask_zero", STANDARD, HEADS.replace("[b,1,s,t]", "[s,1]")),
+        ("form", STANDARD, HEADS.replace("[b,1,s,t]", "[s,1]")),
+        ("Attention_hhhh_mask_zero", STANDARD, HEADS.replace("[b,1,s,t]", "[s,1]").replace(
+            "t,4]", "1,4]")),
         ("Attention_hhhh_mask_grouped_zero", STANDARD, GROUPED),
         ("Attention_hhhh_grouped_zero", "y = Attention (q, k, v)", HEADS.replace("b,6,t", "b,h,t")),
         *(("rank", "y = Attention <scale = 0.5> (q, k, v)",
@@ -363,9 +365,12 @@ NUMBERS = {
          HEADS.replace("b,6,t,4] v", "b,h,t,4] v")),
         *(("form", f"y = Attention <{attribute}> (q, k, v)", HEADS)
           for attribute in ("is_causal = 1", "softcap = 2.0", "softmax_precision = 10",
-                            "q_num_heads = 6", "kv_num_heads = 6")),
+                            "q_num_heads = 6", "kv_num_heads = 6", "left_window_size = 20",
+                            "right_window_size = 0", "new = 1")),
         *(("Attention_hhhh_zero", f"y = Attention <{attribute}> (q, k, v)", HEADS)
-          for attribute in ("is_causal = 0", "softcap = 0.0")),
+          for attribute in ("is_causal = 0", "softcap = 0.0", "softmax_precision = 0",
+                            "q_num_heads = 0", "kv_num_heads = 0", "left_window_size = -1",
+                            "right_window_size = -1", "qk_matmul_output_mode = 1")),
         ("form", "y, pk, pv = Attention (q, k, v, , k, v)", HEADS),
         ("form", "y, pk = Attention (q, k, v)", HEADS),
         ("form", "y = Attention (q, k, v, , , , lengths)", HEADS + ", int64[b] lengths"),

@@ -190,10 +190,10 @@ def is_inside(value: ir.Value, readers: int = 1) -> bool:
 
 
 def same(
-    dims: Iterable[int | ir.SymbolicDim] | None, others: Iterable[int | ir.SymbolicDim]
+    dims: Iterable[int | ir.SymbolicDim] | None, others: Iterable[int | ir.SymbolicDim] | None
 ) -> bool:
     """Whether these dimensions are provably the same, in order."""
-    if dims is None:
+    if dims is None or others is None:
         return False
     one, two = list(dims), list(others)
     return len(one) == len(two) and all(

@@ -360,7 +360,7 @@ def view_of(value: ir.Value) -> View | None:
     assert source is not None
     assert target is not None
     axis = taken.axis - known if taken.axis >= 0 else taken.axis
-    if squeeze is not None and _squeezed_axis(squeeze) not in (axis, axis + known):
+    if squeeze is not None and squeezed_axis(squeeze) not in (axis, axis + known):
         return None
     size = last_dim(source)
     if source.shape is None or not size or size % 2:
@@ -410,8 +410,8 @@ def _taken(value: ir.Value, size: int) -> _Taken | None:
     return _Taken(source, axis, places)
 
 
-def _squeezed_axis(node: ir.Node) -> int | None:
-    """The one axis a Squeeze drops; None if that cannot be known."""
+def squeezed_axis(node: ir.Node) -> int | None:
+    """The one axis a Squeeze drops or an Unsqueeze adds; None if that cannot be known."""
     axes: list[int] = []
     if "axes" in node.attributes:
         axes = list(node.attributes["axes"].as_ints())

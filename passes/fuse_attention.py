@@ -28,6 +28,16 @@ from fusenorm.passes.spelling import add, mul, one_of
 _SWAPPED = (0, 1, 3, 2)
 _SEQUENCE = (0, 2, 1, 3)
 _SEQUENCE_SWAPPED = (0, 2, 3, 1)
+# Attributes of the standard op, and the values at which they do nothing.
+_IDLE = {
+    "is_causal": 0,
+    "softcap": 0,
+    "softmax_precision": 0,
+    "q_num_heads": 0,
+    "kv_num_heads": 0,
+    "left_window_size": -1,
+    "right_window_size": -1,
+}
 _SCORE_OPS = {"Tanh": "softcap", "Where": "mask_select"}
 
 
@@ -186,7 +196,7 @@ def _read_idle(reader: ir.Node) -> list[ir.Node]:
     if node is None or not is_inside(value):
         return []
     source = input_of(node)
-    return [node] if source.shape is not None and same(value.shape, source.shape) else []
+    return [node] if same(value.shape, source.shape) else []
 
 
 def _read_safe(weights: ir.Value, nodes: list[ir.Node]) -> tuple[ir.Value, Empty]:
@@ -274,21 +284,19 @@ def _factor(node: ir.Node) -> tuple[ir.Value, float] | None:
 
 
 def _strip_factors(site: Site, value: ir.Value) -> ir.Value:
-    while True:
-        node = value.producer()
-        factored = _factor(node) if node is not None else None
-        if node is None or factored is None:
-            return value
+    while (node := value.producer()) is not None and (factored := _factor(node)) is not None:
         site.nodes.append(node)
         value, factor = factored
         site.scale *= factor
+    return value
 
 
 def _read_operands(site: Site, keys: ir.Value) -> None:
     """Everything behind kᵀ, q and v that only moves data."""
     node = keys.producer()
     permutation = facts.permutation(node)
-    if node is not None and permutation in (_SWAPPED, _SEQUENCE_SWAPPED):
+    if permutation in (_SWAPPED, _SEQUENCE_SWAPPED):
+        assert node is not None
         site.nodes.append(node)
         site.k = input_of(node)
         site.letters["k"] = "s" if permutation == _SEQUENCE_SWAPPED else "h"
@@ -341,8 +349,9 @@ def _read_groups(site: Site) -> None:
     site.k, site.v, site.grouped = k.source, v.source, True
     for repeat in (k, v):
         site.nodes += repeat.nodes
-        for node in repeat.nodes[:2]:
-            _note_shape(site, node)
+        reshape, expand, _ = repeat.nodes
+        _note_shape(site, reshape)
+        _note_shape(site, expand)
 
 
 def _note_shape(site: Site, node: ir.Node) -> None:
@@ -370,15 +379,16 @@ def _read_repeat(value: ir.Value) -> _Repeat | None:
             return None
         nodes.append(node)
         value = input_of(node)
-    axes = facts.constant(nodes[2].inputs[1])
     expanded = nodes[1].outputs[0]
-    if axes is None or axes.reshape(-1).tolist() not in ([2], [-3]) or facts.rank(value) != 4:
+    if facts.squeezed_axis(nodes[2]) not in (2, -3):
+        return None
+    if facts.rank(value) != 4 or facts.rank(expanded) != 5:
         return None
     batch, heads, rows, inner = value.shape  # type: ignore[misc]
-    if facts.rank(expanded) != 5 or facts.rank(result) != 4 or not isinstance(heads, int):
-        return None
     copies = expanded.shape[2]  # type: ignore[index]
-    if not isinstance(copies, int) or not same(expanded.shape, (batch, heads, copies, rows, inner)):
+    if not isinstance(heads, int) or not isinstance(copies, int):
+        return None
+    if not same(expanded.shape, (batch, heads, copies, rows, inner)):
         return None
     if not same(result.shape, (batch, heads * copies, rows, inner)):
         return None
@@ -400,21 +410,24 @@ def read_standard(node: ir.Node) -> Site:
     Raises:
         Refused: it does more than the fused op.
     """
-    q, k, v, mask, *past = (*node.inputs, None, None)[: max(len(node.inputs), 4)]
+    q, k, v, mask, *past = (*node.inputs, None)
     assert q is not None
     assert k is not None
     assert v is not None
     if any(value is not None for value in past) or any(out.name for out in node.outputs[1:]):
         raise Refused("form", node, "keeps past keys and values, or gives its scores")
-    for name in ("is_causal", "softcap", "q_num_heads", "kv_num_heads", "softmax_precision"):
-        attribute = node.attributes.get(name)
-        if attribute is not None and attribute.value:
+    for name, attribute in node.attributes.items():
+        used = name in ("scale", "qk_matmul_output_mode")
+        if not used and attribute.value != _IDLE.get(name):
             raise Refused("form", node, f"has {name} = {attribute.value}")
     given = node.attributes.get("scale")
     inner = facts.last_dim(q)
-    if given is None and not inner:
+    if given is not None:
+        scale = given.as_float()
+    elif inner:
+        scale = 1 / math.sqrt(inner)
+    else:
         raise Refused("form", node, "scales by the root of a size that is not known")
-    scale = given.as_float() if given is not None else 1 / math.sqrt(inner or 1)
     site = Site(node, q, k, v, mask, scale, "zero", nodes=[node])
     if mask is not None and not _covers(mask, k):
         raise Refused("form", node, f"{mask.name} may be shorter than the keys")
@@ -428,11 +441,13 @@ def read_standard(node: ir.Node) -> Site:
 
 
 def _covers(mask: ir.Value, k: ir.Value) -> bool:
-    """Whether the mask provably has a column for every row of k [B, H, T, D], or one for all."""
+    """Whether the mask provably has a column for every row of k [B, H, T, D].
+
+    Where it has fewer, even one, the standard lets nothing attend to the rows without.
+    """
     if not facts.rank(mask) or facts.rank(k) != 4:
         return False
-    columns = mask.shape[-1]  # type: ignore[index]
-    return columns == 1 or same((columns,), (k.shape[2],))  # type: ignore[index]
+    return same((mask.shape[-1],), (k.shape[2],))  # type: ignore[index]
 
 
 def _same_heads(q: ir.Value, k: ir.Value, v: ir.Value) -> bool:

@@ -102,7 +102,8 @@ def test_a_shape_of_sizes_that_no_operand_has() -> None:
     rewrite = rewrite_of(node, site)
     assert rewrite.spec.op_type == "Attention_hhhh"
     assert rewrite.computed == {given: (2, 2, 7, 4)}
-    like.shape = ir.Shape(["b", 2, "n", 4])
-    with pytest.raises(Refused, match=r"^like has a size found nowhere else") as refused:
-        rewrite_of(node, site)
-    assert refused.value.refusal.code == "shapes_not_proved"
+    for known, sought in (("s", "n"), (None, None)):
+        q.shape, like.shape = ir.Shape(["b", 2, known, 4]), ir.Shape(["b", 2, sought, 4])
+        with pytest.raises(Refused, match=r"^like has a size found nowhere else") as refused:
+            rewrite_of(node, site)
+        assert refused.value.refusal.code == "shapes_not_proved"

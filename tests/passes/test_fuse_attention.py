@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import collections
+import itertools
+
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -9,13 +12,13 @@ import pytest
 
 import fusenorm
 from fusenorm.passes import facts
-from fusenorm.passes.fuse_attention import FuseAttention, FuseAttentions
+from fusenorm.passes.fuse_attention import FuseAttention, FuseAttentions, read_standard
 from fusenorm.passes.pattern import Miss
 from fusenorm.passes.rewrite import MISS_KEY, Rewrite
 from fusenorm.passes.speller import Speller, spellings
 from fusenorm.passes.validate import Validator
 from fusenorm.passes.verify_graph import verify_graph
-from tests.graphs import model, outcome, proposed, rows, run
+from tests.graphs import model, outcome, proposed, rows, run, values
 
 HEADS = "float[b,6,s,4] q, float[b,6,t,4] k, float[b,6,t,4] v, float[b,1,s,t] m"
 SEQUENCE = "float[b,s,6,4] q, float[b,t,6,4] k, float[b,t,6,4] v, float[b,1,s,t] m"
@@ -95,6 +98,61 @@ def test_every_spelling_fuses_and_agrees(opset: int) -> None:
     assert layouts == {f"Attention_{q}{k}{v}h" for q in "hs" for k in "hs" for v in "hs"}
 
 
+def test_spellings_scale_what_they_may_and_add_a_mask_or_none() -> None:
+    pattern = FuseAttention().pattern
+
+    def write(speller: Speller) -> ir.Value:
+        for name in ("q", "keys", "v", "mask"):
+            speller.row(name)
+        speller.scalar("scale", 0.5)
+        return pattern.spell(speller)
+
+    found = {" ".join(node.op_type for node in m.graph) for m in spellings(write, limit=200)}
+    choices = (("", "Mul Mul "), ("", "Mul ", "Div "), ("", "Add "))
+    assert found == {
+        f"{operands}MatMul {scores}{mask}Softmax MatMul"
+        for operands, scores, mask in itertools.product(*choices)
+    }
+
+
+# How operands are written: the shape of each, and the nodes behind.
+STORED = {
+    "q": [((2, 3, 5, 4), ""), ((2, 5, 3, 4), "Transpose ")],
+    "v": [((2, 3, 7, 6), ""), ((2, 7, 3, 6), "Transpose ")],
+    "k": [
+        ((2, 3, 7, 4), "Transpose "),
+        ((2, 7, 3, 4), "Transpose "),
+        ((2, 3, 7, 4), "Reshape Transpose Reshape "),
+    ],
+}
+
+
+def test_examples_store_operands_in_every_way() -> None:
+    rule = FuseAttention()
+
+    def write(speller: Speller) -> ir.Value:
+        rule.example(speller)
+        scores = speller.node("MatMul", [speller.values["q"], speller.values["keys"]])
+        scores = speller.node("Add", [scores, speller.values["mask"]])
+        return speller.node("MatMul", [scores, speller.values["v"]])
+
+    written = collections.Counter(
+        (
+            *((value.name, tuple(value.shape or ())) for value in spelled.graph.inputs),
+            " ".join(node.op_type for node in spelled.graph),
+        )
+        for spelled in spellings(write, limit=200)
+    )
+    assert written == collections.Counter(
+        (
+            ("mask", (2, 1, 5, 7)),
+            *((name, shape) for name, (shape, _) in zip(STORED, ways, strict=True)),
+            "".join(nodes for _, nodes in ways) + "MatMul Add MatMul",
+        )
+        for ways in itertools.product(*STORED.values())
+    )
+
+
 STATIC = "float[2,6,5,4] q, float[2,6,7,4] k, float[2,6,7,4] v"
 SHARED = "float[2,6,5,4] q, float[2,2,7,4] k, float[2,2,7,4] v"
 WRITTEN = KEYS + "d = MatMul (q, kt)\n a = Mul (d, c)\n"
@@ -117,6 +175,7 @@ GIVEN = (
     "spread = Concat <axis = 0> (bs, first, three, first, first)\n"
     "shaped = Concat <axis = 0> (bs, six_heads, seven, four)\n"
 )
+SCALED = "qs = Mul (q, c)\n" + WRITTEN.replace("(q,", "(qs,")
 NUMBERS = {
     "three": np.array([3]),
     "four": np.array([4]),
@@ -144,6 +203,8 @@ NUMBERS = {
     "first": np.array([1]),
     "five": np.array([1, 1, 3, 1, 1]),
     "five_batch": np.array([2, 2, 3, 7, 4]),
+    "five_rows": np.array([2, 1, 1, 3, 1]),
+    "five_six": np.array([1, 1, 6, 1, 1]),
     "five_first": np.array([1, 3, 1, 1, 1]),
     "six": np.array([1, 1, 1, 3, 1, 1]),
     "whole": np.array([2, 6, 7, 4]),
@@ -204,7 +265,8 @@ NUMBERS = {
         *(("scores", FACTOR.format(f), HEADS)
           for f in ("Mul (d, inf)", "Mul (d, row)", "Div (c, d)", "Div (d, z)", "Div (d, inf)")),
         ("shared", FACTOR.format("other.Mul (d, c)"), HEADS),
-        ("Attention_hhhh", "qs = Mul (q, c)\n" + WRITTEN.replace("(q,", "(qs,") + TAIL, HEADS),
+        ("Attention_hhhh", SCALED + TAIL, HEADS),
+        ("types", SCALED.replace("Mul (q,", "other.Mul (q,") + TAIL, HEADS),
         ("Attention_hhhh", "ks = Div (k, c)\n" + WRITTEN.replace("(k)", "(ks)") + TAIL, HEADS),
         # the keys
         ("keys", WRITTEN.replace("0, 1, 3, 2", "1, 0, 3, 2") + TAIL, HEADS),
@@ -234,6 +296,20 @@ NUMBERS = {
         ("Attention_hhhh", COPIED.replace("whole", "whole_mixed"), SHARED),
         ("Attention_hhhh", COPIED, SHARED.replace("2,2,7,4] k", "2,h,7,4] k")),
         ("Attention_hhhh", REPEATS + COPIED.replace("five", "spread"), SHARED),
+        ("Attention_hhhh", REPEATS.replace("reps", "more") + COPIED.replace("five", "spread"),
+         SHARED + ', float["how many"] more'),
+        ("Attention_hhhh", COPIED, SHARED.replace("2,2,7,4] k", '2,"heads of k",7,4] k')),
+        ("Attention_hhhh", COPIED.replace("two", "at"), SHARED + ", int64[1] at"),
+        ("Attention_hhhh", COPIED.replace("(ku, five", "(ku, five_rows"),
+         SHARED.replace("2,2,7,4] k", "2,7,4] k")),
+        ("Attention_hhhh", COPIED.replace("(vu, five", "(vu, five_six"),
+         SHARED.replace("2,2,7,4] v", "2,1,7,4] v")),
+        ("Attention_hhhh", COPIED.replace("five", "any"), SHARED + ", int64[] any"),
+        ("Attention_hhhh", COPIED.replace("whole", "full"), SHARED.replace("5,4] q", "5,7] q")),
+        # maybe for several batches at once
+        ("Attention_hhhh", "n = Shape (reps)\n" + GIVEN.replace("(bs, first", "(n, first")
+         + COPIED.replace("five", "spread").replace("whole", "shaped"),
+         SHARED.replace("float[2", "float[b")),
         ("rank", COPIED, SHARED.replace("float[2,6,5,4] q", "float[] q")),
         ("rank", COPIED, SHARED.replace("float[2,6,5,4] q", "float[4] q")),
         # one head of q and k for three of v
@@ -259,6 +335,11 @@ NUMBERS = {
         (None, WRITTEN + TAIL.replace("y =", "o =") + "\n r = Neg (o)\n" + OUTER, HEADS),
         (None, WRITTEN + TAIL.replace("y =", "o =") + "\n i = Reshape (o, any)\n"
          + OUTER.replace("(o)", "(i)"), HEADS + ", int64[] any"),
+        (None, WRITTEN + TAIL.replace("y =", "o =") + "\n h = Shape (q)\n i = Reshape (o, h)\n"
+         + " r = Neg (i)\n" + OUTER.replace("(o)", "(i)"), HEADS),
+        *((None, "i = Reshape (o, whole)\n" + OUTER.replace("(o)", "(i)"), f"float[{dims}] o")
+          for dims in ("", "2,6,7,4", "2,6,7,4,1")),
+        (None, WRITTEN + TAIL.replace("y = ", "o = other.") + "\n" + OUTER, HEADS),
         (None, OUTER.replace("(o)", "(q)"), HEADS),
         (None, "o = Neg (q)\n" + OUTER, HEADS),
         (None, "o = other.MatMul (q, k)\n" + OUTER, HEADS),
@@ -271,8 +352,11 @@ NUMBERS = {
         ("form", "y = Attention (q, k, v)", HEADS.replace("float[b,6,s,4] q", "float[b,6,s,d] q")),
         ("form", STANDARD, HEADS.replace("[b,1,s,t]", "[b,1,s,u]")),
         ("form", STANDARD, HEADS.replace("[b,1,s,t]", "[]")),
+        ("form", STANDARD, HEADS.replace("s,t] m", "s,?] m").replace("t,4] k", "?,4] k")),
         ("form", STANDARD, HEADS.replace("float[b,6,t,4] k", "float[] k")),
-        ("Attention_hhhh_mask_zero", STANDARD, HEADS.replace("[b,1,s,t]", "[s,1]")),
+        ("form", STANDARD, HEADS.replace("[b,1,s,t]", "[s,1]")),
+        ("Attention_hhhh_mask_zero", STANDARD, HEADS.replace("[b,1,s,t]", "[s,1]").replace(
+            "t,4]", "1,4]")),
         ("Attention_hhhh_mask_grouped_zero", STANDARD, GROUPED),
         ("Attention_hhhh_grouped_zero", "y = Attention (q, k, v)", HEADS.replace("b,6,t", "b,h,t")),
         *(("rank", "y = Attention <scale = 0.5> (q, k, v)",
@@ -281,11 +365,19 @@ NUMBERS = {
          HEADS.replace("b,6,t,4] v", "b,h,t,4] v")),
         *(("form", f"y = Attention <{attribute}> (q, k, v)", HEADS)
           for attribute in ("is_causal = 1", "softcap = 2.0", "softmax_precision = 10",
-                            "q_num_heads = 6", "kv_num_heads = 6")),
+                            "q_num_heads = 6", "kv_num_heads = 6", "left_window_size = 20",
+                            "right_window_size = 0", "new = 1")),
         *(("Attention_hhhh_zero", f"y = Attention <{attribute}> (q, k, v)", HEADS)
-          for attribute in ("is_causal = 0", "softcap = 0.0")),
+          for attribute in ("is_causal = 0", "softcap = 0.0", "softmax_precision = 0",
+                            "q_num_heads = 0", "kv_num_heads = 0", "left_window_size = -1",
+                            "right_window_size = -1", "qk_matmul_output_mode = 1")),
         ("form", "y, pk, pv = Attention (q, k, v, , k, v)", HEADS),
         ("form", "y, pk = Attention (q, k, v)", HEADS),
+        ("form", "y = Attention (q, k, v, , , , lengths)", HEADS + ", int64[b] lengths"),
+        ("Attention_shhh_zero", "qh = Transpose <perm = [0, 2, 1, 3]> (q)\n"
+         "y = Attention (qh, k, v)", HEADS.replace("6,s,4] q", "s,6,4] q")),
+        ("Attention_hhhh_grouped_zero",
+         COPY.format("k") + COPY.format("v") + "y = Attention (q, kr, vr)", SHARED),
     ],
 )  # fmt: skip
 def test_proposals(found: str | None, body: str, inputs: str) -> None:
@@ -298,6 +390,7 @@ def test_proposals(found: str | None, body: str, inputs: str) -> None:
     [
         (ADDED.format("m"), HEADS, set()),
         (PLAIN_SAFE, HEADS, set()),
+        ("ks = Div (k, c)\n" + SCALED.replace("(k)", "(ks)") + TAIL, HEADS, set()),
         (FLAT_KEYS, STATIC, set()),
         (COPIED, SHARED, set()),
         (GIVEN + COPIED.replace("five", "spread"), SHARED, {"spread"}),
@@ -316,6 +409,45 @@ def test_what_a_proposal_replaces(body: str, inputs: str, computed: set[str]) ->
     assert graph is not None
     kept = {"Shape", "Concat"}
     assert set(found.nodes) == {node for node in graph if node.op_type not in kept}
+
+
+def test_rows_of_k_moved_in_front_of_its_heads_and_back() -> None:
+    body = MOVED.replace("o =", "y =").replace("(k)", "(ks)")
+    body = "ks = Transpose <perm = [0, 2, 1, 3]> (k)\n" + body
+    found = outcome(
+        FuseAttention(), body, SEQUENCE.replace("t,6,4] k", "6,t,4] k"), constants=NUMBERS, opset=23
+    )
+    assert isinstance(found, Rewrite), found
+    assert found.spec.op_type == "Attention_sssh"
+    assert [value.name for value in found.inputs] == ["q", "ks", "v"]
+
+
+@pytest.mark.parametrize(
+    ("axis", "given", "found"),
+    [(2, "five", "Attention_hhhh_grouped"), (1, "five_first", "Attention_hhhh")],
+)
+def test_heads_repeated_as_before_opset_13(axis: int, given: str, found: str) -> None:
+    body = COPIED.replace("Unsqueeze", f"Unsqueeze <axes = [{axis}]>").replace(", two", "")
+    body = body.replace("five", given)
+    assert proposed(FuseAttention(), body, SHARED, constants=NUMBERS, opset=12) == found
+
+
+@pytest.mark.parametrize(
+    ("body", "inputs", "scale", "grouped"),
+    [
+        ("y = Attention <scale = 0.25> (q, k, v)", HEADS, 0.25, False),
+        ("y = Attention <scale = 0.25> (q, k, v)", HEADS.replace("s,4] q", "s,d] q"), 0.25, False),
+        ("y = Attention (q, k, v)", HEADS, 0.5, False),
+        ("y = Attention (q, k, v)", HEADS.replace("s,4] q", "s,16] q"), 0.25, False),
+        ("y = Attention (q, k, v)", GROUPED, 0.5, True),
+        ("y = Attention (q, k, v)", HEADS.replace("[b,6,t,4] k", "[] k"), 0.5, True),
+    ],
+)
+def test_what_the_standard_op_says(body: str, inputs: str, scale: float, grouped: bool) -> None:
+    root = values(body, inputs, opset=23)["y"].producer()
+    assert root is not None
+    site = read_standard(root)
+    assert (site.scale, site.grouped) == (scale, grouped)
 
 
 @pytest.mark.parametrize(
@@ -517,6 +649,56 @@ def test_one_boolean_mask_becomes_one_additive_mask() -> None:
     after, fused, _ = fuse(graph(body, inputs, opset=23))
     assert len(fused) == 2
     assert sum(node.op_type == "Where" for node in after.graph.node) == 1
+
+
+BOOLEAN = HEADS.replace("float[b,1,s,t]", "bool[b,1,s,t]") + ", bool go"
+BRANCH = "branch () => (float[b,6,s,4] z) {z = Attention <scale = 0.5> (q, k, v, m)}"
+SCAN = """y = Scan <num_scan_inputs = 4, body = each
+    (float[6,s,4] qi, float[6,t,4] ki, float[6,t,4] vi, bool[1,s,t] mi) => (float[6,s,4] yi)
+    {yi = Neg (qi)}> (q, k, v, m)"""
+
+
+@pytest.mark.parametrize(
+    ("body", "inputs", "budget", "ops"),
+    [
+        (STANDARD, BOOLEAN, 0, "Constant Constant Where Attention"),
+        (STANDARD, BOOLEAN, 1, "Constant Constant Where Attention_hhhh_mask_zero"),
+        (STANDARD, HEADS, 1, "Attention_hhhh_mask_zero"),
+        # masks that stay, and what has them
+        (STANDARD, HEADS, 0, None),
+        ("y = Attention <is_causal = 1> (q, k, v, m)", BOOLEAN, 1, None),
+        (f"y = If (go) <then_branch = {BRANCH}, else_branch = {BRANCH}>", BOOLEAN, 0, None),
+        (STANDARD.replace("Attention", "other.Attention"), BOOLEAN, 1, None),
+        (SCAN, BOOLEAN, 1, None),
+    ],
+)
+def test_what_the_pass_changes(body: str, inputs: str, budget: int, ops: str | None) -> None:
+    root = values(body, inputs, opset=23)["y"].producer()
+    assert root is not None
+    assert isinstance(root.graph, ir.Graph)
+    work = ir.Model(root.graph, ir_version=10)
+    before = [node.op_type for node in work.graph.all_nodes()]
+    modified = FuseAttentions(budget=[budget])(work).modified
+    assert modified == (ops is not None)
+    after = [node.op_type for node in work.graph.all_nodes()]
+    assert after == (ops.split() if ops is not None else before)
+
+
+def test_what_is_added_for_a_boolean_mask() -> None:
+    root = values(STANDARD, BOOLEAN, opset=23)["y"].producer()
+    assert root is not None
+    assert isinstance(root.graph, ir.Graph)
+    FuseAttentions(budget=[0])(ir.Model(root.graph, ir_version=10))
+    kept, dropped, where, _ = root.graph
+    assert [node.name for node in (kept, dropped, where)] == ["m_kept", "m_dropped", "m_additive"]
+    assert [node.attributes["value_float"].as_float() for node in (kept, dropped)] == [0, -np.inf]
+    mask = where.inputs[0]
+    assert mask is not None
+    assert mask.name == "m"
+    assert where.inputs[1:] == (kept.outputs[0], dropped.outputs[0])
+    (added,) = where.outputs
+    assert root.inputs[3] is added
+    assert (added.name, added.dtype, added.shape) == (where.name, ir.DataType.FLOAT, mask.shape)
 
 
 def test_a_boolean_mask_of_what_stays_stays_boolean() -> None:

@@ -6,20 +6,24 @@ that makes it. Tensors are contiguous and aligned to their element only.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Self
 
 import tvm.script.ir_builder.tirx as T
 from tvm.script.ir_builder import IRBuilder
 
-from fusenorm.kernels import mathfn
+from fusenorm.kernels import mathfn, streaming
 from fusenorm.kernels.mathfn import Expr, Lanes
 from fusenorm.kernels.program import Reduction, RowProgram, row_program, symbols
 from fusenorm.ops import DTYPES, DType, OpSpec, Slot
 
 _ACCUMULATORS = 4
+# Bytes of output from which a call is part of a tensor that no cache should hold: the ops library
+# makes up to 64 calls of one.
+_LARGE = 128 << 10
 # bf16 travels as its bits: TIR's own bf16 turns NaN into zero when it rounds.
 BUFFER: dict[DType, str] = {"f16": "float16", "bf16": "uint16", "f32": "float32"}
 _SCALAR = Lanes(1)
@@ -136,6 +140,7 @@ class Emitter:
         self.scalars: dict[str, Expr] = {}
         self.spreads: dict[str, Expr] = {}
         self.resident: dict[str, str] = {}
+        self.streaming = False
 
     def arguments(self, shape: Callable[[Slot], tuple[Any, ...]]) -> tuple[Expr, Expr]:
         """Declare the parameters; returns begin and end."""
@@ -260,10 +265,46 @@ class Emitter:
         slot = self.slots[target]
         stored = T.bind(narrow(block.lanes, slot.dtype, value))
         index, buffer = block.index(block.at, vector=False), self.buffers[target]
-        if block.rest is None:
+        if block.rest is None and self.streaming:
+            element = buffer[block.at] if block.row is None else buffer[block.row, block.at]
+            streaming.store(block.lanes, slot.dtype, element, stored)
+        elif block.rest is None:
             T.buffer_store(buffer, stored, index)
         else:
             T.evaluate(T.masked_store(buffer, stored, *index, block.mask()))
+
+    def each_size(self, begin: Expr, end: Expr, emit: Callable[[Self], None]) -> None:
+        """`emit` twice: for rows (or elements of flat programs) [begin, end) so large that they are
+        stored past the caches, and for others.
+        """
+        dtypes = [slot.dtype for slot in self.outputs]
+        with streaming.available(self.lanes, dtypes), T.If(self._large(begin, end)):
+            with T.Then():
+                inner = self._inner()
+                inner.streaming = True
+                emit(inner)
+                streaming.finish()
+            with T.Else():
+                emit(self._inner())
+
+    def _large(self, begin: Expr, end: Expr) -> Expr:
+        flat, item = self.program.flat, DTYPES[self.outputs[0].dtype].numpy.itemsize
+        count = end - begin if flat else (end - begin) * self.columns()
+        large = count >= _LARGE // item
+        if not flat:
+            large = T.And(large, self.columns() % self.lanes.count == 0)
+        for slot in self.outputs:
+            buffer = self.buffers[slot.name]
+            first = buffer[begin] if flat else buffer[begin, 0]
+            large = T.And(large, streaming.aligned(self.lanes, slot.dtype, first))
+        return large
+
+    def _inner(self) -> Self:
+        """Itself, to compute values in a scope of their own."""
+        inner = copy.copy(self)
+        inner.scalars, inner.spreads = dict(self.scalars), dict(self.spreads)
+        inner.resident = dict(self.resident)
+        return inner
 
     def sweep(
         self, row: Expr, begin: Expr, end: Expr, unroll: int, body: Callable[..., None]
@@ -307,12 +348,17 @@ def _flat(program: RowProgram, name: str, outputs: tuple[Slot, ...], lanes: int)
         emitter.uniform("attribute")
         emitter.spread(set(emitter.scalars))
 
-        def body(block: Block, part: int) -> None:
-            memo: dict[str, Expr] = {}
-            for slot in outputs:
-                emitter.store(block, slot.name, emitter.element(block, slot.name, memo))
+        first, last = begin * columns, end * columns
 
-        emitter.sweep(None, begin * columns, end * columns, 1, body)
+        def emit(inner: Emitter) -> None:
+            def body(block: Block, part: int) -> None:
+                memo: dict[str, Expr] = {}
+                for slot in outputs:
+                    inner.store(block, slot.name, inner.element(block, slot.name, memo))
+
+            inner.sweep(None, first, last, 1, body)
+
+        emitter.each_size(first, last, emit)
     return builder.get()
 
 
@@ -324,8 +370,12 @@ def _rows(program: RowProgram, name: str, outputs: tuple[Slot, ...], lanes: int)
         begin, end = emitter.arguments(lambda slot: shapes[slot.layout])
         emitter.uniform("attribute")
         emitter.allocate()
-        with T.serial(begin, end) as row:
-            emitter.row(row)
+
+        def emit(inner: _RowEmitter) -> None:
+            with T.serial(begin, end) as row:
+                inner.row(row)
+
+        emitter.each_size(begin, end, emit)
     return builder.get()
 
 
@@ -352,6 +402,8 @@ class _RowEmitter(Emitter):
         late = [slot.name for slot in self.outputs if slot.name not in self.resident]
 
         def body(block: Block, part: int) -> None:
+            if self.streaming:
+                self._fetch(row + 1, block)
             memo: dict[str, Expr] = {}
             values = {name: self.element(block, name, memo) for name in late}
             for name, value in values.items():
@@ -359,9 +411,15 @@ class _RowEmitter(Emitter):
 
         self.sweep(row, T.int64(0), self.columns(), 1, body)
 
+    def _fetch(self, row: Expr, block: Block) -> None:
+        """Have the same columns of another row read."""
+        for slot in self.program.inputs:
+            if slot.layout == "row":
+                prefetch(self.buffers[slot.name][row, block.at], level=2)
+
     def _early(self) -> dict[str, str]:
         """Values the first pass stores, later passes load, and where: s in s, else s in y."""
-        if not self.program.levels:
+        if self.streaming or not self.program.levels:
             return {}
         first = self.outputs[0]
         early = {}

@@ -467,6 +467,7 @@ static OrtStatus* rows_compute(const State* state, OrtKernelContext* context, in
     if (tasks > MAX_TASKS) tasks = MAX_TASKS;
     if (tasks > job.rows) tasks = job.rows;
     job.block = (job.rows + tasks - 1) / tasks;
+    if (job.columns == 1) job.block = (job.block + 63) / 64 * 64; /* elements: whole cache lines */
     tasks = (job.rows + job.block - 1) / job.block;
   }
   if (tasks > 1) {

@@ -105,8 +105,13 @@ def inputs(spec: OpSpec, rows: int, width: int, fill: str) -> dict[str, np.ndarr
 
 def misaligned(array: np.ndarray) -> np.ndarray:
     """The same values one element past a 64-byte boundary."""
-    raw = np.empty(array.nbytes + 64 + array.itemsize, np.uint8)
-    start = -raw.ctypes.data % 64 + array.itemsize
+    return placed(array, array.itemsize)
+
+
+def placed(array: np.ndarray, offset: int) -> np.ndarray:
+    """The same values this many bytes past a 64-byte boundary."""
+    raw = np.empty(array.nbytes + 64 + offset, np.uint8)
+    start = -raw.ctypes.data % 64 + offset
     view = raw[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
     view[...] = array
     return view

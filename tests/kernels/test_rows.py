@@ -5,8 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from fusenorm.kernels import symbols
 from fusenorm.lower import Target
-from fusenorm.ops import DTYPES, OpSpec
+from fusenorm.lower.library import compile_module
+from fusenorm.ops import DTYPES, Gated, Norm, OpSpec
 from fusenorm.runtime.direct import Kernels
 from tests.kernels.cases import (
     FILLS,
@@ -16,6 +18,7 @@ from tests.kernels.cases import (
     inputs,
     misaligned,
     pairwise,
+    placed,
 )
 
 pytestmark = pytest.mark.kernel
@@ -58,3 +61,37 @@ def test_no_rows_give_no_rows(kernels: Kernels, spec: OpSpec) -> None:
     ):
         assert array.shape == (0, 64)
         assert array.dtype == DTYPES[slot.dtype].numpy
+
+
+@pytest.mark.parametrize("offset", [0, 4], ids=["aligned", "misaligned"])
+@pytest.mark.parametrize("width", [4096, 4100])
+@pytest.mark.parametrize("spec", pairwise()[::3], ids=lambda spec: spec.op_type)
+def test_many_rows_are_as_one_by_one(
+    kernels: Kernels, spec: OpSpec, width: int, offset: int
+) -> None:
+    """They are stored past the caches where that can be."""
+    rows = 70
+    arrays = {name: placed(a, 0) for name, a in inputs(spec, rows, width, "normal").items()}
+    for name, outputs in zip(symbols(spec), (spec.outputs, spec.outputs[:1]), strict=False):
+        function = kernels.function(name)
+        made = [
+            [placed(np.zeros((rows, width), DTYPES[slot.dtype].numpy), offset) for slot in outputs]
+            for _ in range(2)
+        ]
+        operands = [a.view(np.uint16) if a.dtype.name == "bfloat16" else a for a in arrays.values()]
+        for results, step in zip(made, (rows - 1, 1), strict=True):
+            given = [a.view(np.uint16) if a.dtype.name == "bfloat16" else a for a in results]
+            for begin in range(0, rows - 1, step):
+                function(*operands, *given, begin, begin + step, *attributes(spec).values())
+        for many, single in zip(*made, strict=True):
+            assert np.array_equal(_bits(many), _bits(single))
+            assert _bits(many)[:-1].any()
+            assert not _bits(many)[-1].any()
+
+
+@pytest.mark.parametrize("level", ["x86-64-v2", "x86-64-v3", "x86-64-v4"])
+def test_large_outputs_pass_the_caches(level: str) -> None:
+    for spec in (Norm(skip=True), Gated("gelu")):
+        assembly = compile_module([spec], Target.parse(level)).inspect_source("asm")
+        assert "movnt" in assembly
+        assert "lock" in assembly  # the fence

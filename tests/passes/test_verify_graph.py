@@ -61,7 +61,10 @@ def test_values_without_a_name_are_no_twins(swish: ir.Model) -> None:
     verify_graph(swish, "test")
 
 
-def test_a_fused_op_nobody_declared(swish: ir.Model) -> None:
+@pytest.mark.parametrize("body", [False, True])
+def test_a_fused_op_nobody_declared(swish: ir.Model, body: bool) -> None:
+    if body:
+        swish.functions[DOMAIN, "Unheard", ""] = next(iter(swish.functions.values()))
     swish.graph[0].op_type = "Unheard"
     with pytest.raises(GraphInvalid, match="Unheard has no declaration"):
         verify_graph(swish, "test")

@@ -206,8 +206,8 @@ def _centre(model: ir.Model, stream: _Stream, opset: int) -> None:
             continue
         node = value.producer()
         table, linear = _table(node), _centred_map(node)
-        if table is not None and node is not None:
-            constants.append((_centred(table), node, 0))
+        if table is not None:
+            constants += [(_centred(table), use.node, use.idx) for use in table.uses()]
         elif linear is not None:
             maps.append(linear)
         else:
@@ -228,7 +228,7 @@ def _centre(model: ir.Model, stream: _Stream, opset: int) -> None:
         for node, call in stream.norms.items()
     ]
     for rewrite in (*maps, *norms):
-        flaw = _flaw(rewrite, opset)
+        flaw = _flaw(rewrite, stream.width, opset)
         if flaw is not None:
             stream.refuse("check_failed", rewrite.root, flaw)
             return
@@ -280,8 +280,10 @@ def _without_mean(rows: np.ndarray) -> np.ndarray:
 
 def _centred_map(node: ir.Node | None) -> Rewrite | None:
     """A packed map without activation whose results have mean zero."""
-    spec = Linear.parse(node.op_type) if node is not None and node.domain == DOMAIN else None
-    if node is None or spec is None or spec != Linear(bias=spec.bias, dtype=spec.dtype):
+    if node is None or node.domain != DOMAIN:
+        return None
+    spec = Linear.parse(node.op_type)
+    if spec is None or spec != Linear(bias=spec.bias, dtype=spec.dtype):
         return None
     x, weight, *biases = (value for value in node.inputs if value is not None)
     stored = weight.const_value
@@ -311,7 +313,7 @@ def _centred_map(node: ir.Node | None) -> Rewrite | None:
     )
 
 
-def _flaw(rewrite: Rewrite, opset: int) -> str | None:
+def _flaw(rewrite: Rewrite, width: int, opset: int) -> str | None:
     """What separates a map's centred results, or a norm of centred rows, from what replaces it."""
     (node,), is_map = rewrite.nodes, isinstance(rewrite.spec, Linear)
     rng = np.random.default_rng(0)
@@ -319,13 +321,13 @@ def _flaw(rewrite: Rewrite, opset: int) -> str | None:
     for place, (slot, value) in enumerate(zip(rewrite.spec.inputs, rewrite.inputs, strict=True)):
         known = facts.constant(value)
         if slot.layout == "row":
-            width = rewrite.inputs[1].shape[1] if is_map else facts.last_dim(value)  # type: ignore[index]
-            rows = hard_rows(rng, (*LEADING[-2:], int(width)))  # type: ignore[arg-type]
+            size = rewrite.inputs[1].shape[1] if is_map else width  # type: ignore[index]
+            rows = hard_rows(rng, (*LEADING[-2:], int(size)))  # type: ignore[arg-type]
             source[f"i{place}"] = rows
             made[slot.name] = rows if is_map else _without_mean(rows)
             continue
         if known is None:
-            known = rng.normal(1.0, 0.5, facts.last_dim(value) or 1).astype(np.float32)
+            known = rng.normal(1.0, 0.5, width).astype(np.float32)
         own = facts.constant(node.inputs[place])
         source[f"i{place}"] = known if own is None else own
         made[slot.name] = known

@@ -106,8 +106,8 @@ class FoldNorm(ir.passes.InPlacePass):
 
 def _read(node: ir.Node, types: frozenset[DType]) -> _Norm | Refusal | None:
     """A norm that can be folded; None for what is no norm, or none with linear maps behind it."""
-    y = node.outputs[0] if node.outputs else None
-    if y is None or not any(map(_is_linear, _readers(y))):
+    y = node.outputs[0]
+    if not any(map(_is_linear, _readers(y))):
         return None
     call = read_call(node)
     if not isinstance(call, NormCall):

@@ -51,7 +51,7 @@ def values(
 ) -> dict[str, ir.Value]:
     """Every value of a graph with output y, by name; `known` declares types of inner ones."""
     proto = onnx.parser.parse_model(
-        f'<ir_version: 8, opset_import: ["" : {opset}, "other" : 1]>\n'
+        f'<ir_version: 8, opset_import: ["" : {opset}, "fusenorm" : 1, "other" : 1]>\n'
         f"graph ({inputs}) => (float[] y) <{known}> {{\n{body}\n}}"
     )
     for name, array in (constants or {}).items():

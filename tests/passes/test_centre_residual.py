@@ -261,6 +261,18 @@ STREAMS: dict[str, list[tuple[tuple[str, ...], str | None, str]]] = {
         (("y",), "writer", "made by Gather")],
     "e = Mul (free, column)\ny = LayerNormalization (e, g)": [
         (("y",), "writer", "made by Mul")],
+    "t = Relu (free)\ne = Gather (t, ids)\ny = LayerNormalization (e, g)": [
+        (("y",), "writer", "made by Gather")],
+    "e = other.Linear (given, panels)\ny = LayerNormalization (e, g)": [
+        (("y",), "writer", "made by Linear")],
+    "e = fusenorm.Swish (x)\ny = LayerNormalization (e, g)": [
+        (("y",), "writer", "made by Swish")],
+    "e = fusenorm.Linear_bias (given, panels, g)\ny = LayerNormalization (e, g)": [
+        (("y",), None, "")],
+    "e = fusenorm.Linear_bias (given, panels, narrow)\ny = LayerNormalization (e, g)": [
+        (("y",), "check_failed", "cannot be evaluated: ")],
+    "y = LayerNormalization (x, scale)": [(("y",), None, "")],
+    "e = Reshape (x, to)\ny = LayerNormalization (e, g)": [],  # of unknown width
     # What reads a result of the stream's reader is no part of the stream.
     "n = LayerNormalization (x, g)\ne = Relu (x)\ny = LayerNormalization (e, g)": [
         (("n",), "reader", "Relu sees"), (("y",), "writer", "made by Relu")],
@@ -269,10 +281,11 @@ STREAMS: dict[str, list[tuple[tuple[str, ...], str | None, str]]] = {
 
 @pytest.mark.parametrize("body", STREAMS)
 def test_what_belongs_to_a_stream(body: str) -> None:
-    more = {"wide": rows(2 * K), "narrow": rows(16), "free": rows(50, K)}
+    more = {"wide": rows(2 * K), "narrow": rows(16), "free": rows(50, K), "panels": rows(1, K, K)}
     found = values(
-        TABLES + body, f"int64[2,3] ids, float[2,3,{K}] given, float[50,1] column",
-        known=f"float[2,3,{K}] e" if "other." in body else "", constants=CONSTANTS | more,
+        TABLES + body,
+        f"int64[2,3] ids, float[2,3,{K}] given, float[50,1] column, float[{K}] scale, int64[2] to",
+        known=f"float[2,3,{K}] e" if "." in body else "", constants=CONSTANTS | more,
     )  # fmt: skip
     graph = found["y"].producer().graph  # type: ignore[union-attr]
     found["y"].type = None  # to be inferred

@@ -15,6 +15,7 @@ from fusenorm.ops import DOMAIN, DType, Linear, Norm
 from fusenorm.ops.linear import unpack
 from fusenorm.passes.fold_norm import OP, FoldNorm
 from fusenorm.passes.fuse_linear import FuseLinearMaps
+from fusenorm.passes.rewrite import MISS_KEY
 from fusenorm.pipeline import Options, lower_regions
 from fusenorm.report import Site
 from tests import corpus, graphs
@@ -102,6 +103,10 @@ FOLDED = {
         "a = Mul (x, two)\nl = Mul (f, ls)\nr = Add (a, l)\n"
         "n = LayerNormalization (r, g, b)\n" + MAP,
         ["SkipLayerNorm_noscale_alpha_layerscale", "Linear_bias"],
+    ),
+    "a layer scale that is the norm's scale too": (
+        "l = Mul (f, ls)\nr = Add (x, l)\nn = LayerNormalization (r, ls, b)\n" + MAP,
+        ["SkipLayerNorm_noscale_layerscale", "Linear_bias"],
     ),
     "its shape is read": (
         LN + "h = MatMul (n, w)\nz = Shape (n)\nd = Size (n)\nt = Mul (z, d)\n"
@@ -246,6 +251,37 @@ def test_a_norm_without_scale_and_bias_stays_unmentioned() -> None:
     body = "n = fusenorm.LayerNorm_noscale <epsilon = 1e-5> (x)\n" + MAP
     work = _fold(body, {"w": CONSTANTS["w"]}, modified=False)
     assert kinds(work) == ["LayerNorm_noscale", "Linear"]
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        "y = other.MatMul (n, w)",
+        "m = Reshape (n, to)\ny = MatMul (m, cut)",  # which may cut its rows
+    ],
+)
+def test_what_reads_a_norm_of_unknown_width_is_no_candidate(end: str) -> None:
+    body = "n = fusenorm.LayerNorm_noscale_bias <epsilon = 1e-5> (x, b)\n" + end
+    constants = {"b": CONSTANTS["b"], "w": CONSTANTS["w"], "cut": rows(4, 40)}
+    work = _fold(body, constants, "float[b,s,k] x, int64[2] to", modified=False)
+    assert not any(MISS_KEY in node.meta for node in work.graph)
+
+
+def test_an_absent_bias() -> None:
+    work, _ = lowered(FOLDED["without bias"][0], options=Options(fold_norm=()))
+    work.graph[0].resize_inputs(3)
+    assert FoldNorm()(work).modified
+    assert kinds(work) == ["LayerNorm_noscale", "Linear"]
+
+
+def test_a_map_that_cannot_run() -> None:
+    """Its bias is of another width."""
+    body = "n = LayerNormalization (x, g)\ny = fusenorm.Linear_bias (n, panels, c)"
+    constants = {"g": CONSTANTS["g"], "panels": rows(1, K, 32), "c": CONSTANTS["c"]}
+    work = _fold(body, constants, modified=False)
+    _, miss = work.graph[0].meta[MISS_KEY]
+    assert miss.refusal.code == "check_failed"
+    assert miss.refusal.detail.startswith("cannot be evaluated: ")
 
 
 @pytest.mark.parametrize("op_type", ["Linear", "Shape"])

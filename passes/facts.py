@@ -276,10 +276,11 @@ def half_of(value: ir.Value) -> tuple[ir.Value, str, int] | None:
     [..., 2, D] or [..., D, 2] of source.
     """
     node = value.producer()
-    if node is None or node.domain != "" or not node.inputs or node.inputs[0] is None:
+    if node is None or node.domain != "":
         return None
-    source = node.inputs[0]
     if node.op_type == "Split":
+        source = node.inputs[0]
+        assert source is not None
         if len(node.outputs) != 2 or not is_last_axis(attribute_int(node, "axis", 0), source):
             return None
         sizes, size = _split_sizes(node), last_dim(source)
@@ -293,9 +294,9 @@ def half_of(value: ir.Value) -> tuple[ir.Value, str, int] | None:
         return None
     for part in (0, 1):
         if found.places == tuple(range(part * found.size // 2, (part + 1) * found.size // 2)):
-            return source, "halves", part
+            return found.source, "halves", part
         if found.places == tuple(range(part, found.size, 2)):
-            return source, "interleaved", part
+            return found.source, "interleaved", part
     return None
 
 
@@ -318,11 +319,12 @@ def columns_of(value: ir.Value) -> Columns | None:
     """The columns `value` is, if a Slice or Gather with constants takes them of the last axis."""
     node = value.producer()
     source = node.inputs[0] if node is not None and node.inputs else None
-    size = last_dim(source) if source is not None else None
-    taken = _taken(value, size) if size else None
-    if source is None or not size or taken is None or not taken.keeps:
+    if source is None or not (size := last_dim(source)):
         return None
-    return Columns(source, size, taken.places) if is_last_axis(taken.axis, source) else None
+    taken = _taken(value, size)
+    if taken is None or not taken.keeps or not is_last_axis(taken.axis, source):
+        return None
+    return Columns(source, size, taken.places)
 
 
 @dataclasses.dataclass(frozen=True)

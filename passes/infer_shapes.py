@@ -34,7 +34,7 @@ class InferShapes(ir.passes.InPlacePass):
 
 
 def _without_weights(model: ir.Model) -> onnx.ModelProto:
-    """The model, its large and overridable initializers being inputs."""
+    """The model, its large and overridable initializers being inputs, its outputs inner values."""
     proto = onnx.ModelProto(ir_version=model.ir_version)
     for domain, version in model.opset_imports.items():
         proto.opset_import.add(domain=domain, version=version)
@@ -55,7 +55,6 @@ def _without_weights(model: ir.Model) -> onnx.ModelProto:
         for value in node.outputs:
             if value.type is not None:
                 ir.serde.serialize_value_into(graph.value_info.add(), value)
-    graph.output.extend(map(ir.serde.serialize_value, model.graph.outputs))
     return proto
 
 

@@ -237,7 +237,7 @@ class Joined(Pattern):
         if node is None or len(node.inputs) != len(self.operands):
             return
         here = state.visit(node)
-        axis = facts.attribute_int(node, "axis", 0)
+        axis = facts.attribute_int(node, "axis", 1)  # of opset 1; later ones require it
         if not facts.is_last_axis(axis, value):
             miss.record(here, "axis", node, f"joins over axis {axis}, not provably the last one")
             return

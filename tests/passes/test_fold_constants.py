@@ -94,6 +94,8 @@ def test_an_operator_numpy_computes_as_every_runtime(expression: str, result: np
     [
         "c = Exp(a)",  # runtimes differ in the last bit
         "c = other.Add(a, b)",
+        "c = other.Shape(x)",
+        "u = other.Thing(x)\nc = Cast<to = 10>(u)",
         "c = Add(a, x)",
         "c = Add(a, given)",
         "c, d = Split<axis = 0, num_outputs = 2>(a)",

@@ -172,6 +172,15 @@ def test_only_what_is_new_is_a_change(
     assert y.dtype == FLOAT
 
 
+def test_a_shape_declared_without_a_type_stays_known(caplog: pytest.LogCaptureFixture) -> None:
+    model = parsed("a = other.Thing(x)\nb = Cast<to = 1>(a)\ny = Neg(b)", known="float[2,3] b")
+    b = model.graph[1].outputs[0]
+    b.type = None
+    assert InferShapes()(model).modified
+    assert (str(b.shape), b.dtype) == ("[2,3]", FLOAT)
+    assert caplog.messages == []
+
+
 def test_values_of_bodies_are_learned_too() -> None:
     body = """
       y = If (f) <
@@ -185,7 +194,10 @@ def test_values_of_bodies_are_learned_too() -> None:
       >
     """
     model = parsed(body, f"{X}, bool f", output="float[b,s,8] y")
+    (z,) = model.graph[0].attributes["then_branch"].as_graph().outputs
+    z.shape = None
     assert InferShapes()(model).modified
+    assert str(z.shape) == "[b,s,8]"
     shapes = {
         value.name: str(value.shape)
         for graph in model.graphs()

@@ -293,6 +293,13 @@ def test_columns_side_by_side(axis: int) -> None:
     assert [node.op_type for node in state.nodes] == ["Concat", "Neg"]
 
 
+@pytest.mark.parametrize(("shape", "last"), [([3, 16], True), ([16], False), ([2, 3, 16], False)])
+def test_the_first_concat_may_leave_out_its_axis(shape: list[int], last: bool) -> None:
+    found = values("n = Neg(a)\ny = Concat(n, b)", "float[s,8] a, float[s,8] b", opset=1)
+    found["y"].shape = ir.Shape(shape)
+    assert isinstance(next(matches(PAIR, found["y"])), State) == last
+
+
 @pytest.mark.parametrize(
     ("join", "refusal"),
     [

@@ -11,7 +11,15 @@ import pytest
 from fusenorm.ops import DOMAIN, Gated, Norm
 from fusenorm.passes.fuse_activation import FuseGelu, FuseGeluTanh, FuseRelu2, FuseSwish
 from fusenorm.passes.fuse_attention import FuseAttention
-from fusenorm.passes.fuse_norm import FuseLayerNorm, FuseRMSNorm, NormNode, as_row, read_norm
+from fusenorm.passes.fuse_linear import FuseLinear
+from fusenorm.passes.fuse_norm import (
+    FuseLayerNorm,
+    FuseRMSNorm,
+    NormNode,
+    as_row,
+    read_call,
+    read_norm,
+)
 from fusenorm.passes.fuse_residual import FuseResidual
 from fusenorm.passes.infer_shapes import InferShapes
 from fusenorm.passes.pattern import Miss, Refusal
@@ -123,6 +131,23 @@ def test_norms(
     assert names(proposal) == inputs
     assert proposal.attributes == {"epsilon": pytest.approx(1e-6)}
     assert proposal.merged == ()
+
+
+@pytest.mark.parametrize(
+    ("rule", "norm", "mean", "row"),
+    [
+        (FuseLayerNorm(), LN, "mu", "x"),
+        (FuseLayerNorm(), LN, "ms", "sq"),
+        (FuseRMSNorm(), RMS, "ms", "sq"),
+    ],
+)
+def test_a_mean_is_a_sum_over_the_width_of_x(rule: Rule, norm: str, mean: str, row: str) -> None:
+    whole = f"{mean} = ReduceMean<keepdims = 1>({row}, last)"
+    total = f"t = ReduceSum<keepdims = 1>({row}, last)\n{mean} = Div(t, width)"
+    assert whole in norm
+    proposal = accepted(rule, norm.replace(whole, total) + "y = Mul(n, g)")
+    assert "ReduceSum" in [node.op_type for node in proposal.nodes]
+    assert names(proposal) == ["x", "g"]
 
 
 def test_a_norm_without_an_affine_map() -> None:
@@ -325,6 +350,7 @@ def test_our_own_norms() -> None:
     assert read_norm(ir.Node(DOMAIN, "Swish", [x], [ir.AttrFloat32("beta", 1.0)])) is None
     assert read_norm(ir.Node("other", "LayerNormalization", [x, g])) is None
     assert read_norm(ir.Node("", "GroupNormalization", [x, g])) is None
+    assert read_call(ir.Node("other", "LayerNorm", [x, g])) is None
 
 
 def test_rms_normalization_of_a_centred_row_is_a_layer_norm() -> None:
@@ -494,8 +520,9 @@ def test_the_standard_swish(body: str, beta: float, kind: str, dtype: str) -> No
     assert [node.op_type for node in proposal.nodes] == ["Swish"]
 
 
-def test_a_swish_of_an_unknown_type_is_no_candidate() -> None:
-    assert propose(FuseSwish(), "u = other.Thing(x)\ny = Swish(u)") is None
+@pytest.mark.parametrize(("rule", "op"), [(FuseSwish(), "Swish"), (FuseLinear(), "Relu")])
+def test_an_activation_of_an_unknown_type_is_no_candidate(rule: Rule, op: str) -> None:
+    assert propose(rule, f"u = other.Thing(x)\ny = {op}(u)") is None
 
 
 @pytest.mark.parametrize(

@@ -397,6 +397,9 @@ def lower_regions(
 ) -> tuple[ir.Model, list[Site]]:
     """A copy of `model` with its regions made, each proved by `check`, and what became of each."""
     work = model.clone()
+    # Where only fused ops are left, a model need not say which standard their bodies are in.
+    standards = [function.opset_imports.get("", 0) for function in work.functions.values()]
+    work.opset_imports.setdefault("", max(standards, default=0))
     outputs = [value.name for value in work.graph.outputs]
     for step in lowering_passes(options, check or Validator()):
         step(work)

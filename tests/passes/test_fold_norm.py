@@ -475,3 +475,18 @@ def test_the_compiled_block_agrees(tmp_path: Path) -> None:
     made = fusenorm.load(artifact.save(tmp_path / "a.fnorm")).run(None, feeds)
     for a, b in zip(run(proto, feeds), made, strict=True):
         np.testing.assert_allclose(b, a, rtol=0, atol=4e-6 * float(np.abs(a).max()))
+
+
+def test_a_model_of_fused_ops_alone() -> None:
+    """It need not import the standard's operators."""
+    body = "r = Add (x, f)\nn = LayerNormalization (r, g)\n" + MAP
+    work, _ = lowered(body, f"{X}, float[b,s,8] f", options=Options(fold_norm=()))
+    proto = ir.to_proto(work)
+    kept = [entry for entry in proto.opset_import if entry.domain]
+    del proto.opset_import[:]
+    proto.opset_import.extend(kept)
+    again, _ = lower_regions(fusenorm.optimize(proto).model)
+    assert kinds(again) == ["SkipLayerNorm_noscale", "Linear"]
+    feeds = {info.name: rows(2, 3, K) for info in proto.graph.input}
+    for a, b in zip(run(proto, feeds), run(ir.to_proto(again), feeds), strict=True):
+        np.testing.assert_allclose(b, a, rtol=1e-5, atol=1e-5)

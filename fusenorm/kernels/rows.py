@@ -21,14 +21,12 @@ from fusenorm.kernels.program import Reduction, RowProgram, row_program, symbols
 from fusenorm.ops import DTYPES, DType, OpSpec, Slot
 
 _ACCUMULATORS = 4
-# Bytes a call reads and writes from which it is part of an op whose tensors no cache should hold:
-# the ops library makes up to 64 calls of an op, so they are 16 MiB.
+# Bytes of y from which a call is part of an op whose tensors no cache holds: the ops library makes
+# up to 64 calls of an op, none as large unless y has 16 MiB.
 _LARGE = 256 << 10
 # bf16 travels as its bits: TIR's own bf16 turns NaN into zero when it rounds.
 BUFFER: dict[DType, str] = {"f16": "float16", "bf16": "uint16", "f32": "float32"}
 _SCALAR = Lanes(1)
-# Elements per row and column of the output.
-_SPAN = {"row": 1, "packed": 2, "vector": 0}
 
 
 def functions(spec: OpSpec, lanes: int) -> list[Any]:
@@ -291,10 +289,8 @@ class Emitter:
 
     def _large(self, begin: Expr, end: Expr) -> Expr:
         flat = self.program.flat
-        slots = (*self.program.inputs, *self.outputs)
-        moved = sum(DTYPES[slot.dtype].numpy.itemsize * _SPAN[slot.layout] for slot in slots)
         count = end - begin if flat else (end - begin) * self.columns()
-        large = count >= _LARGE // moved
+        large = count >= _LARGE // DTYPES[self.outputs[0].dtype].numpy.itemsize
         if not flat:
             large = T.And(large, self.columns() % self.lanes.count == 0)
         for slot in self.outputs:

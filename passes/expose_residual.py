@@ -50,6 +50,7 @@ def _sink_reshape(graph: ir.Graph, norm: ir.Node) -> bool:
     if size is None or facts.last_dim(total) != size:
         return False
     norm.replace_input_with(0, total)
+    norm.attributes.pop("axis", None)  # still the last one, by default, whatever the sum's rank
     after = ir.node(
         "Reshape",
         [y, *reshape.inputs[1:]],

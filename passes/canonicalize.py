@@ -17,6 +17,10 @@ from fusenorm.passes.infer_shapes import InferShapes
 from fusenorm.passes.unfuse_contrib import UnfuseContrib
 
 _RANDOM = re.compile("Random|Bernoulli|Multinomial|Dropout")
+_COMPARED = frozenset(
+    ir.AttributeType[name]
+    for name in "INT FLOAT STRING TENSOR GRAPH INTS FLOATS STRINGS GRAPHS".split()
+)
 
 
 class RemoveNoOps(ir.passes.InPlacePass):
@@ -228,13 +232,22 @@ class Canonicalize(ir.passes.Sequential):
 
 
 class MergeEqual(ir.passes.InPlacePass):
-    """Equal expressions of equal inputs are one, in models where nothing is drawn at random."""
+    """Equal expressions of equal inputs are one, in models where nothing is drawn at random.
+
+    Nothing is merged either where an attribute cannot be compared, or where one node has an output
+    that another one like it leaves out: it may be the one that stays.
+    """
 
     name = "merge_equal"
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        if any(_RANDOM.search(node.op_type) for node in model.graph.all_nodes()):
-            return ir.passes.PassResult(model, False)
+        given: dict[tuple[ir.OperatorIdentifier, int], list[bool]] = {}
+        for node in model.graph.all_nodes():
+            named = [bool(out.name) for out in node.outputs]
+            compared = all(a.type in _COMPARED for a in node.attributes.values())
+            known = given.setdefault((node.op_identifier(), len(named)), named)
+            if _RANDOM.search(node.op_type) or not compared or named != known:
+                return ir.passes.PassResult(model, False)
         return common.CommonSubexpressionEliminationPass()(model)
 
 

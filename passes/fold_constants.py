@@ -62,6 +62,8 @@ class FoldConstants(ir.passes.InPlacePass):
         arrays = [array for v in node.inputs if (array := facts.constant(v)) is not None]
         if len(arrays) != len(node.inputs) or sum(array.size for array in arrays) > self.limit:
             return None
+        if any(array.dtype.kind in "USO" for array in arrays):
+            return None  # strings have no size in bytes
         if node.op_type == "Range" and arrays[0].dtype.kind not in "iu":
             return None  # runtimes add up fractions in their own ways
         proto = ir.serde.serialize_node(node)

@@ -103,10 +103,13 @@ def test_an_operator_numpy_computes_as_every_runtime(expression: str, result: np
         "c = Constant<value_float = 1.0>()",
         "c = Gather(a, six)",  # cannot run
         "c = Range(tenth, seven, tenth)",  # runtimes differ in the last bits
+        "c = Gather(words, one)",
+        "c = Equal(words, words)",
     ],
 )
 def test_what_is_not_folded(body: str) -> None:
     constants = {**CONSTANTS, "given": CONSTANTS["a"], "tenth": F32(0.1), "seven": F32(7)}
+    constants["words"] = np.array(["a", "b"], object)
     assert folded(body, "float[2,3] x, float[2,3] given", constants=constants) is None
 
 

@@ -165,7 +165,8 @@ class FuseGLU(Rule):
     ## Refuses
     `shapes_not_proved`: the product might broadcast. `activation_shared`: act(g) has other
     readers, so it must be computed anyway. `activation_clamped`: act(g) is clamped, u not to the
-    same limit. `types`, `check_failed`.
+    same limit. `rank`: they may be scalars, to which a constant would give an axis. `types`,
+    `check_failed`.
 
     ## References
     arXiv 2002.05202; ONNX SwiGLU-28; arXiv 2508.10925 (GPT-OSS).

@@ -33,6 +33,7 @@ MADE_UP = "fusenorm.made_up"
 MIN_IR_VERSION = 8
 # Made-up constants up to this many elements are compared, so that equal ones are one.
 SHARED_SIZE = 1 << 16
+_BROADCASTING = frozenset("Add Sub Mul Div Pow Min Max".split())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,6 +199,10 @@ def _refused(rewrite: Rewrite, opset: int) -> Refusal | None:
     if outside is not None:
         detail = f"{node_name(outside)} is computed once outside this body"
         return Refusal("other_graph", name, detail)
+    x = rewrite.inputs[0]
+    if not facts.rank(x) and facts.last_dim(x) is None and any(map(_adds_axis, rewrite.nodes)):
+        detail = f"{x.name} may be a scalar, and a constant would give it an axis"
+        return Refusal("rank", name, detail)
     if opset < spec.MIN_OPSET:
         return Refusal("opset", name, f"opset {opset} is older than {spec.MIN_OPSET}")
     if spec.inputs[0].dtype == "f64":
@@ -205,6 +210,13 @@ def _refused(rewrite: Rewrite, opset: int) -> Refusal | None:
     if spec.parse(spec.op_type) != spec:
         return Refusal("types", name, f"no fused op is declared for {spec.op_type}")
     return None
+
+
+def _adds_axis(node: ir.Node) -> bool:
+    """Whether a node would give a scalar the axis of a constant."""
+    return node.op_type in _BROADCASTING and any(
+        facts.is_constant(value) and facts.rank(value) for value in node.inputs
+    )
 
 
 def remember(miss: Miss, op: str) -> None:

@@ -66,6 +66,30 @@ def test_another_domain_s_operator_is_not_the_standard_s() -> None:
     assert fused_ops(theirs.report) == []
 
 
+@pytest.mark.parametrize(
+    ("body", "op"),
+    [
+        ("t = Mul(x, c)\ns = Sigmoid(t)\ny = Mul(x, s)", "Swish"),
+        ("t = Relu(x)\ny = Pow(t, two)", "Relu2"),
+        ("t = Max(x, zero)\ny = Mul(t, t)", "Relu2"),
+        ("g = Min(x, two)\ns = Sigmoid(g)\na = Mul(g, s)\nn = Neg(x)\nh = Max(n, low)\n"
+         "u = Min(h, two)\ny = Mul(a, u)", "GLU"),
+    ],
+)  # fmt: skip
+def test_a_constant_of_one_axis_gives_it_to_a_scalar(body: str, op: str) -> None:
+    numbers = {"c": 1.5, "zero": 0.0, "two": 2.0, "low": -2.0}
+    used = {name: np.float32(number) for name, number in numbers.items() if name in body}
+    rank_1 = {name: number.reshape(1) for name, number in used.items()}
+    for x, y, constants, fuses in (
+        ("float x", "float y", used, True),
+        ("float[n] x", "float[n] y", rank_1, True),
+        ("float x", "float[1] y", rank_1, False),
+    ):
+        feed = np.full((1,) if "[n]" in x else (), 0.7, np.float32)
+        report = same(model(body, x, y, constants=constants), {"x": feed})
+        assert (op in fused_ops(report)) == fuses
+
+
 def test_imports_nothing_uses_are_dropped() -> None:
     """onnxruntime saves every domain it knows, ours too once a library was registered."""
     proto = model("g = Sigmoid(x)\ny = Mul(x, g)")

@@ -93,7 +93,8 @@ def _sums_in_order(node: ir.Node) -> bool:
 def _write_as_adds(graph: ir.Graph, node: ir.Node) -> None:
     total, *rest = node.inputs
     for index, term in enumerate(rest[:-1]):
-        part = ir.val(f"{node.outputs[0].name}_sum_of_{index + 2}", dtype=node.outputs[0].dtype)
+        name = facts.unused(f"{node.outputs[0].name}_sum_of_{index + 2}", graph)
+        part = ir.val(name, dtype=node.outputs[0].dtype)
         graph.insert_before(node, ir.node("Add", [total, term], outputs=[part]))
         total = part
     node.op_type = "Add"

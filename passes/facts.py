@@ -251,6 +251,14 @@ def _row_source(node: ir.Node, value: ir.Value) -> ir.Value | None:
     return half[0] if half is not None else None
 
 
+def unused(name: str, graph: ir.Graph) -> str:
+    """`name`, or the first numbered one no value of the graph has."""
+    taken = {out.name for node in graph for out in node.outputs} | set(graph.initializers)
+    taken.update(given.name for given in graph.inputs)
+    numbered = (f"{name}_{count}" for count in itertools.count(2))
+    return next(each for each in itertools.chain((name,), numbered) if each not in taken)
+
+
 def operands(node: ir.Node) -> Iterator[ir.Value]:
     """Every value a node reads, those its subgraphs capture included."""
     yield from (value for value in node.inputs if value is not None)

@@ -486,7 +486,7 @@ def _additive(graph: ir.Graph, before: ir.Node, mask: ir.Value) -> ir.Value:
     for node in nodes:
         node.outputs[0].dtype = ir.DataType.FLOAT
     added = nodes[-1].outputs[0]
-    nodes[-1].name = added.name = f"{mask.name}_additive"
+    nodes[-1].name = added.name = facts.unused(f"{mask.name}_additive", graph)
     added.shape = mask.shape
     graph.insert_before(before, nodes)
     return added

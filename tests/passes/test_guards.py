@@ -90,6 +90,41 @@ def test_a_constant_of_one_axis_gives_it_to_a_scalar(body: str, op: str) -> None
         assert (op in fused_ops(report)) == fuses
 
 
+NORM_OF_TWO_AXES = """
+  mean = ReduceMean<keepdims = 1>(x, two)
+  c = Sub(x, mean)
+  sq = Mul(c, c)
+  v = ReduceMean<keepdims = 1>(sq, two)
+  e = Add(v, eps)
+  r = Sqrt(e)
+  y = Div(c, r)
+"""
+EXPOSED = "s = Add(x, x)\nf = Reshape(s, flat)\nn = LayerNormalization(f, g)\ny = Reshape(n, back)"
+
+
+@pytest.mark.parametrize(
+    ("body", "name"),
+    [
+        ("t = Sum(x, x, {})\ny = Neg(t)", "t_sum_of_2"),
+        (EXPOSED, "n_rows"),
+        (NORM_OF_TWO_AXES, "y_LayerNorm_noscale_x"),
+        (NORM_OF_TWO_AXES, "y_LayerNorm_noscale"),
+    ],
+)
+def test_a_name_the_model_has_is_not_given_again(body: str, name: str) -> None:
+    constants = {
+        "two": np.array([-2, -1]),
+        "eps": np.float32(1e-5),
+        "g": rows(8),
+        "flat": np.array([-1, 8]),
+        "back": np.array([2, 3, 8]),
+    }
+    lines = f"{name} = Exp(x)\n{body.format(name)}\nz = Neg({name})"
+    used = {key: array for key, array in constants.items() if key in body}
+    shape = "float[2,3,8]"
+    same(model(lines, f"{shape} x", f"{shape} y, {shape} z", constants=used), X)
+
+
 def test_imports_nothing_uses_are_dropped() -> None:
     """onnxruntime saves every domain it knows, ours too once a library was registered."""
     proto = model("g = Sigmoid(x)\ny = Mul(x, g)")

@@ -49,9 +49,11 @@ def _is_no_op(node: ir.Node) -> bool:
     if node.domain != "":
         return False
     if node.op_type == "Cast":
-        source = node.inputs[0]
+        source, target = node.inputs[0], node.attributes["to"]
         assert source is not None
-        return source.dtype == ir.DataType(node.attributes["to"].as_int())
+        # A name before opset 6.
+        named = target.type == ir.AttributeType.STRING
+        return not named and source.dtype == ir.DataType(target.as_int())
     return node.op_type == "Identity"
 
 

@@ -24,6 +24,8 @@ _KEEPS_SHAPE = frozenset(
     "QuantizeLinear DequantizeLinear Reciprocal Relu RMSNormalization Round Selu Sigmoid Sign Sin "
     "Softmax Softplus Softsign Sqrt Swish Tanh ThresholdedRelu".split()
 )
+# In older ones operators broadcast by attributes, and Reshape has its shape in one.
+OLDEST_OPSET = 7
 _Dim = int | ir.SymbolicDim
 _MAX_WALK = 256
 _LAST_DIM = "fusenorm.last_dim"

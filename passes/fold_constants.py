@@ -37,6 +37,8 @@ class FoldConstants(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         modified = False
         opset = model.opset_imports.get("", 0)
+        if opset < facts.OLDEST_OPSET:
+            return ir.passes.PassResult(model, False)
         for graph in model.graphs():
             facts.annotate(graph)
             for node in list(graph):

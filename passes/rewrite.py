@@ -158,6 +158,8 @@ class RewritePass(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         modified = False
         opset = model.opset_imports.get("", 0)
+        if 0 < opset < facts.OLDEST_OPSET:
+            return ir.passes.PassResult(model, False)
         for graph in list(model.graphs()):
             changed = False
             for node in reversed(list(graph)):

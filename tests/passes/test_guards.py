@@ -125,6 +125,22 @@ def test_a_name_the_model_has_is_not_given_again(body: str, name: str) -> None:
     same(model(lines, f"{shape} x", f"{shape} y, {shape} z", constants=used), X)
 
 
+@pytest.mark.parametrize(
+    ("opset", "body"),
+    [
+        (6, "t = Add<broadcast = 1, axis = 0>(m, a)\nu = Mul(x, t)\ns = Sigmoid(u)\ny = Mul(u, s)"),
+        (5, "c = Cast<to = \"FLOAT\">(m)\ns = Sigmoid(c)\ny = Add(x, s)"),
+        (4, "r = Reshape<shape = [3, 3]>(m)\ny = Add(x, r)"),
+    ],
+)  # fmt: skip
+def test_a_model_of_an_old_opset_stays(opset: int, body: str) -> None:
+    constants = {"a": np.float32([1, 2, 3]), "m": rows(3, 3)}
+    proto = model(body, "float[3,3] x", "float[3,3] y", opset=opset, constants=constants)
+    result = fusenorm.optimize(proto)
+    assert [n.op_type for n in result.model.graph] == [n.op_type for n in proto.graph.node]
+    assert fused_ops(result.report) == []
+
+
 def test_imports_nothing_uses_are_dropped() -> None:
     """onnxruntime saves every domain it knows, ours too once a library was registered."""
     proto = model("g = Sigmoid(x)\ny = Mul(x, g)")

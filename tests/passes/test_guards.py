@@ -7,6 +7,7 @@ import onnx
 import pytest
 
 import fusenorm
+from fusenorm.pipeline import lower_regions
 from fusenorm.report import Report
 from tests.graphs import fused, fused_ops, model, reasons, rows, same
 
@@ -139,6 +140,32 @@ def test_a_model_of_an_old_opset_stays(opset: int, body: str) -> None:
     result = fusenorm.optimize(proto)
     assert [n.op_type for n in result.model.graph] == [n.op_type for n in proto.graph.node]
     assert fused_ops(result.report) == []
+
+
+CHAINS = {
+    "Min": ("x0 = Relu(x)", "{} = Min({}, c)", "s = Sigmoid({})\nu = Neg(x)\ny = Mul(s, u)"),
+    "Add": ("x0 = Relu(x)", "{} = Add({}, c)", "y = Neg({})"),
+    "Reshape": ("x0 = LayerNormalization(x, g)", "{} = Reshape({}, flat)", "y = MatMul({}, eye)"),
+}
+
+
+@pytest.mark.parametrize("link", CHAINS)
+def test_a_long_chain(link: str) -> None:
+    first, line, end = CHAINS[link]
+    links = [line.format(f"x{count + 1}", f"x{count}") for count in range(1100)]
+    body = "\n".join((first, *links, end.format("x1100")))
+    numbers = {"c": np.float32(3), "flat": np.array([0, 8]), "g": rows(8), "eye": rows(8, 8)}
+    used = {name: array for name, array in numbers.items() if f"{name})" in first + line + end}
+    proto = model(body, "float[3,8] x", "float[3,8] y", constants=used)
+    lower_regions(fusenorm.optimize(proto).model)
+
+
+def test_a_mask_of_many_paths() -> None:
+    links = [f"m{count + 1} = Add(m{count}, m{count})" for count in range(60)]
+    end = "k = Transpose(x)\np = MatMul(x, k)\ns = Add(p, m60)\nw = Softmax(s)\ny = MatMul(w, x)"
+    body = "\n".join(("m0 = Relu(mask)", *links, end))
+    proto = model(body, "float[3,8] x, float[3,3] mask", "float[3,8] y")
+    lower_regions(fusenorm.optimize(proto).model)
 
 
 def test_imports_nothing_uses_are_dropped() -> None:

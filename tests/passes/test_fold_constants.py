@@ -141,6 +141,8 @@ def test_chains_fold_in_one_go() -> None:
         (np.int32([7]), 1, F32([7])),
         (I64([7]), 1, F32([7])),
         (np.array([True]), 1, F32([1])),
+        (np.float64([1.5, 1e9, np.nan]), 10, np.float16([1.5, np.inf, np.nan])),
+        (np.float64([1 + 2**-11 + 2**-40]), 10, None),  # some runtimes round to f32 first
         (F32([1.5]), 3, None),  # runtimes saturate or wrap
         (F32([1.5]), 8, None),  # runtimes print in their own ways
         (np.int8([3]), 1, None),

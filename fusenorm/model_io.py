@@ -47,10 +47,7 @@ def load_model(path: str | os.PathLike[str]) -> ir.Model:
     if proto.graph.sparse_initializer:
         raise BadInput("sparse initializers are not supported", file=file)
     _check_external_paths(proto, file)
-    try:
-        model = ir.serde.deserialize_model(proto)
-    except (ValueError, KeyError, ir.serde.SerdeError) as error:
-        raise BadInput(f"malformed graph: {error}", file=file) from error
+    model = parse_model(proto, file)
     for value in _initializers(model):
         tensor = value.const_value
         if isinstance(tensor, ir.ExternalTensor):
@@ -58,6 +55,18 @@ def load_model(path: str | os.PathLike[str]) -> ir.Model:
             _check_external_size(tensor, file)
     sort_graphs(model, file)
     return model
+
+
+def parse_model(proto: onnx.ModelProto, file: object = None) -> ir.Model:
+    """The model as onnx_ir reads it.
+
+    Raises:
+        BadInput: it cannot be read.
+    """
+    try:
+        return ir.serde.deserialize_model(proto)
+    except (ValueError, KeyError, ir.serde.SerdeError) as error:
+        raise BadInput(f"malformed graph: {error}", file=file) from error
 
 
 def check_versions(proto: onnx.ModelProto, file: object = None) -> None:

@@ -19,7 +19,14 @@ import onnx
 import onnx_ir as ir
 
 from fusenorm.errors import BadInput
-from fusenorm.model_io import check_operators, check_versions, load_model, save_model, sort_graphs
+from fusenorm.model_io import (
+    check_operators,
+    check_versions,
+    load_model,
+    parse_model,
+    save_model,
+    sort_graphs,
+)
 from fusenorm.ops import DOMAIN, DType, OpSpec, parse
 from fusenorm.passes.canonicalize import Canonicalize, Cleanup, NameDomains
 from fusenorm.passes.centre_residual import CentreResidual
@@ -247,7 +254,7 @@ def _read(
         return work, None
     if isinstance(model, onnx.ModelProto):
         check_versions(model)
-        work = ir.serde.deserialize_model(model)
+        work = parse_model(model)
         sort_graphs(work)
         return work, None
     if hasattr(model, "forward"):

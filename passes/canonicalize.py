@@ -17,6 +17,10 @@ from fusenorm.passes.infer_shapes import InferShapes
 from fusenorm.passes.unfuse_contrib import UnfuseContrib
 
 _RANDOM = re.compile("Random|Bernoulli|Multinomial|Dropout")
+_COMPARED = frozenset(
+    ir.AttributeType[name]
+    for name in "INT FLOAT STRING TENSOR GRAPH INTS FLOATS STRINGS GRAPHS".split()
+)
 
 
 class RemoveNoOps(ir.passes.InPlacePass):
@@ -45,9 +49,11 @@ def _is_no_op(node: ir.Node) -> bool:
     if node.domain != "":
         return False
     if node.op_type == "Cast":
-        source = node.inputs[0]
+        source, target = node.inputs[0], node.attributes["to"]
         assert source is not None
-        return source.dtype == ir.DataType(node.attributes["to"].as_int())
+        # A name before opset 6.
+        named = target.type == ir.AttributeType.STRING
+        return not named and source.dtype == ir.DataType(target.as_int())
     return node.op_type == "Identity"
 
 
@@ -89,7 +95,8 @@ def _sums_in_order(node: ir.Node) -> bool:
 def _write_as_adds(graph: ir.Graph, node: ir.Node) -> None:
     total, *rest = node.inputs
     for index, term in enumerate(rest[:-1]):
-        part = ir.val(f"{node.outputs[0].name}_sum_of_{index + 2}", dtype=node.outputs[0].dtype)
+        name = facts.unused(f"{node.outputs[0].name}_sum_of_{index + 2}", graph)
+        part = ir.val(name, dtype=node.outputs[0].dtype)
         graph.insert_before(node, ir.node("Add", [total, term], outputs=[part]))
         total = part
     node.op_type = "Add"
@@ -228,13 +235,22 @@ class Canonicalize(ir.passes.Sequential):
 
 
 class MergeEqual(ir.passes.InPlacePass):
-    """Equal expressions of equal inputs are one, in models where nothing is drawn at random."""
+    """Equal expressions of equal inputs are one, in models where nothing is drawn at random.
+
+    Nothing is merged either where an attribute cannot be compared, or where one node has an output
+    that another one like it leaves out: it may be the one that stays.
+    """
 
     name = "merge_equal"
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        if any(_RANDOM.search(node.op_type) for node in model.graph.all_nodes()):
-            return ir.passes.PassResult(model, False)
+        given: dict[tuple[ir.OperatorIdentifier, int], list[bool]] = {}
+        for node in model.graph.all_nodes():
+            named = [bool(out.name) for out in node.outputs]
+            compared = all(a.type in _COMPARED for a in node.attributes.values())
+            known = given.setdefault((node.op_identifier(), len(named)), named)
+            if _RANDOM.search(node.op_type) or not compared or named != known:
+                return ir.passes.PassResult(model, False)
         return common.CommonSubexpressionEliminationPass()(model)
 
 

@@ -50,6 +50,7 @@ def _sink_reshape(graph: ir.Graph, norm: ir.Node) -> bool:
     if size is None or facts.last_dim(total) != size:
         return False
     norm.replace_input_with(0, total)
+    norm.attributes.pop("axis", None)  # still the last one, by default, whatever the sum's rank
     after = ir.node(
         "Reshape",
         [y, *reshape.inputs[1:]],
@@ -57,7 +58,7 @@ def _sink_reshape(graph: ir.Graph, norm: ir.Node) -> bool:
         name=f"{node_name(norm)}_reshape",
     )
     graph.insert_after(norm, after)
-    _take_over(y, after.outputs[0], keep=after)
+    _take_over(graph, y, after.outputs[0], keep=after)
     facts.copy_facts(total, y)
     return True
 
@@ -105,11 +106,11 @@ def _undo(first: tuple[int, ...] | None, second: tuple[int, ...]) -> bool:
     return [first[axis] for axis in second] == list(range(len(first)))
 
 
-def _take_over(old: ir.Value, new: ir.Value, *, keep: ir.Node) -> None:
+def _take_over(graph: ir.Graph, old: ir.Value, new: ir.Value, *, keep: ir.Node) -> None:
     """`new` stands for what `old` was: its readers but `keep`, its name, its place as output."""
     name = old.name
     old.replace_all_uses_with(new, replace_graph_outputs=True)
     keep.replace_input_with(0, old)
     facts.copy_facts(old, new)
-    old.name = f"{name}_rows"
+    old.name = facts.unused(f"{name}_rows", graph)
     new.name = name

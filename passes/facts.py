@@ -24,6 +24,8 @@ _KEEPS_SHAPE = frozenset(
     "QuantizeLinear DequantizeLinear Reciprocal Relu RMSNormalization Round Selu Sigmoid Sign Sin "
     "Softmax Softplus Softsign Sqrt Swish Tanh ThresholdedRelu".split()
 )
+# In older ones operators broadcast by attributes, and Reshape has its shape in one.
+OLDEST_OPSET = 7
 _Dim = int | ir.SymbolicDim
 _MAX_WALK = 256
 _LAST_DIM = "fusenorm.last_dim"
@@ -249,6 +251,14 @@ def _row_source(node: ir.Node, value: ir.Value) -> ir.Value | None:
         return node.inputs[0] if is_last_axis(attribute_int(node, "axis", 0), value) else None
     half = half_of(value)
     return half[0] if half is not None else None
+
+
+def unused(name: str, graph: ir.Graph) -> str:
+    """`name`, or the first numbered one no value of the graph has."""
+    taken = {out.name for node in graph for out in node.outputs} | set(graph.initializers)
+    taken.update(given.name for given in graph.inputs)
+    numbered = (f"{name}_{count}" for count in itertools.count(2))
+    return next(each for each in itertools.chain((name,), numbered) if each not in taken)
 
 
 def operands(node: ir.Node) -> Iterator[ir.Value]:

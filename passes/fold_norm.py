@@ -136,17 +136,20 @@ def _read(node: ir.Node, types: frozenset[DType]) -> _Norm | Refusal | None:
 
 def _readers(y: ir.Value) -> Iterator[ir.Node]:
     """What reads the numbers of y: not its shape, and behind a Reshape that keeps its rows."""
-    for use in y.uses():
-        node, moved = use.node, use.node.outputs[0]
-        if facts.reads_shape(node):
-            continue
-        size = facts.last_dim(moved)
-        reshape = facts.made_by(moved, "Reshape")
-        rows = reshape is not None and size is not None and size == facts.last_dim(y)
-        if rows:
-            yield from _readers(moved)
-        if not rows or moved.is_graph_output():
-            yield node
+    pending = [y]
+    while pending:
+        value = pending.pop()
+        for use in value.uses():
+            node, moved = use.node, use.node.outputs[0]
+            if facts.reads_shape(node):
+                continue
+            size = facts.last_dim(moved)
+            reshape = facts.made_by(moved, "Reshape")
+            rows = reshape is not None and size is not None and size == facts.last_dim(value)
+            if rows:
+                pending.append(moved)
+            if not rows or moved.is_graph_output():
+                yield node
 
 
 def _is_linear(node: ir.Node) -> bool:

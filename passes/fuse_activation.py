@@ -138,7 +138,8 @@ class FuseGelu(ActivationRule):
 
     ## Refuses
     `constant`: another constant than the formula's, beyond what its type can hold.
-    `different_operand`: the factors read different values. `types`, `check_failed`.
+    `different_operand`: the factors read different values. `rank`: x may be a scalar, to which
+    a constant would give an axis. `types`, `check_failed`.
 
     ## References
     arXiv 1606.08415; ONNX Gelu-20.
@@ -191,7 +192,7 @@ class FuseSwish(ActivationRule):
 
     ## Refuses
     `not_scalar`: β is a vector or computed. `different_operand`: x·sigmoid(g) is a gated unit,
-    see glu. `types`, `check_failed`.
+    see glu. `rank`, as gelu. `types`, `check_failed`.
 
     ## References
     arXiv 1710.05941; ONNX Swish-24.
@@ -234,7 +235,7 @@ class FuseRelu2(ActivationRule):
     One rounding, as in the graph: the square of a 16-bit number is exact in f32.
 
     ## Refuses
-    `different_operand`: a product of two values' ReLUs. `types`, `check_failed`.
+    `different_operand`: a product of two values' ReLUs. `rank`, as gelu. `types`, `check_failed`.
 
     ## References
     arXiv 2109.08668.

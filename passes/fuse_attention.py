@@ -251,14 +251,17 @@ def _read_scores(site: Site, scores: ir.Value) -> ir.Node:
 
 def _has_product(value: ir.Value) -> bool:
     """Whether a product of two computed values is found behind factors and sums."""
-    node = value.producer()
-    if node is None or node.domain != "":
-        return False
-    if node.op_type == "MatMul":
-        return facts.constant(node.inputs[1]) is None
-    if node.op_type not in ("Mul", "Div", "Add"):
-        return False
-    return any(operand is not None and _has_product(operand) for operand in node.inputs)
+    pending, seen = [value], set[ir.Node]()
+    while pending:
+        node = pending.pop().producer()
+        if node is None or node.domain != "" or node in seen:
+            continue
+        seen.add(node)
+        if node.op_type == "MatMul" and facts.constant(node.inputs[1]) is None:
+            return True
+        if node.op_type in ("Mul", "Div", "Add"):
+            pending += filter(None, node.inputs)
+    return False
 
 
 def _obstacles(value: ir.Value) -> list[str]:
@@ -486,7 +489,7 @@ def _additive(graph: ir.Graph, before: ir.Node, mask: ir.Value) -> ir.Value:
     for node in nodes:
         node.outputs[0].dtype = ir.DataType.FLOAT
     added = nodes[-1].outputs[0]
-    nodes[-1].name = added.name = f"{mask.name}_additive"
+    nodes[-1].name = added.name = facts.unused(f"{mask.name}_additive", graph)
     added.shape = mask.shape
     graph.insert_before(before, nodes)
     return added

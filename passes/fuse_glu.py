@@ -101,20 +101,15 @@ def read_clamp(value: ir.Value) -> _Clamped:
     A Clip without a bound stops at the type's largest number (so the standard says, and
     onnxruntime does); Min and Max leave infinities alone.
     """
-    node, plain = value.producer(), _Clamped(value)
-    if node is None or node.domain != "":
-        return plain
-    bounds = _bounds(node)
-    if bounds is None:
-        return plain
-    source, low, high = bounds
-    inner = read_clamp(source)
-    return _Clamped(
-        inner.source,
-        min(max(inner.low, low), high),
-        min(max(inner.high, low), high),
-        (*inner.nodes, node),
-    )
+    held = _Clamped(value)
+    while (node := held.source.producer()) is not None and node.domain == "":
+        bounds = _bounds(node)
+        if bounds is None:
+            break
+        source, *inner = bounds
+        low, high = (min(max(bound, held.low), held.high) for bound in inner)
+        held = _Clamped(source, low, high, (node, *held.nodes))
+    return held
 
 
 def _bounds(node: ir.Node) -> tuple[ir.Value, float, float] | None:
@@ -165,7 +160,8 @@ class FuseGLU(Rule):
     ## Refuses
     `shapes_not_proved`: the product might broadcast. `activation_shared`: act(g) has other
     readers, so it must be computed anyway. `activation_clamped`: act(g) is clamped, u not to the
-    same limit. `types`, `check_failed`.
+    same limit. `rank`: they may be scalars, to which a constant would give an axis. `types`,
+    `check_failed`.
 
     ## References
     arXiv 2002.05202; ONNX SwiGLU-28; arXiv 2508.10925 (GPT-OSS).

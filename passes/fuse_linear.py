@@ -67,7 +67,9 @@ def _read_map(value: ir.Value | None, *, inside: bool = True) -> _Map | Refusal 
         return None
     if node.op_type == "Add":
         for product, bias in (node.inputs, tuple(reversed(node.inputs))):
-            found = _read_map(product) if facts.constant(bias) is not None else None
+            # Behind another Add it would have a bias already.
+            plain = facts.constant(bias) is not None and facts.made_by(product, "Add") is None
+            found = _read_map(product) if plain else None
             if not isinstance(found, _Map) or found.bias is not None or bias is None:
                 continue
             vector = as_vector(bias, found.shape[1], facts.rank(found.x))

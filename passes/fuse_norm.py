@@ -188,10 +188,13 @@ def read_norm(node: ir.Node) -> NormNode | Refusal | None:
     for value in node.inputs[1:]:
         if value is None:
             continue
-        scale_size = size or facts.last_dim(value) or 0
-        vector = as_vector(value, scale_size, 1)
+        wanted = facts.last_dim(value) if size is None else size
+        # One number may be meant for a row of any width.
+        one = size is None and wanted == 1
+        vector = None if wanted is None or one else as_vector(value, wanted, 1)
         if vector is None:
-            return Refusal("scale_shape", name, f"{value.name} is not one row of {scale_size}")
+            detail = f"{value.name} is not provably one row of {size or 'what it scales'}"
+            return Refusal("scale_shape", name, detail)
         found.append(vector)
     types = [facts.dtype_of(vector) for vector in found]
     epsilon = node.attributes.get("epsilon")

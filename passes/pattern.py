@@ -260,7 +260,8 @@ class Width(Pattern):
         source = state.bindings.get(self.of)
         dims = facts.trailing_dims(source, state.axes or 1) if source is not None else None
         size = None if dims is None else math.prod(dims)
-        expected = None if size is None else (1 / size if self.reciprocal else float(size))
+        # Rows of no numbers have no mean.
+        expected = None if not size else (1 / size if self.reciprocal else float(size))
         if expected is not None and _equal(found, expected, facts.dtype_of(value)):
             yield state
         else:

@@ -33,6 +33,7 @@ MADE_UP = "fusenorm.made_up"
 MIN_IR_VERSION = 8
 # Made-up constants up to this many elements are compared, so that equal ones are one.
 SHARED_SIZE = 1 << 16
+_BROADCASTING = frozenset("Add Sub Mul Div Pow Min Max".split())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,6 +158,8 @@ class RewritePass(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         modified = False
         opset = model.opset_imports.get("", 0)
+        if 0 < opset < facts.OLDEST_OPSET:
+            return ir.passes.PassResult(model, False)
         for graph in list(model.graphs()):
             changed = False
             for node in reversed(list(graph)):
@@ -198,6 +201,10 @@ def _refused(rewrite: Rewrite, opset: int) -> Refusal | None:
     if outside is not None:
         detail = f"{node_name(outside)} is computed once outside this body"
         return Refusal("other_graph", name, detail)
+    x = rewrite.inputs[0]
+    if not facts.rank(x) and facts.last_dim(x) is None and any(map(_adds_axis, rewrite.nodes)):
+        detail = f"{x.name} may be a scalar, and a constant would give it an axis"
+        return Refusal("rank", name, detail)
     if opset < spec.MIN_OPSET:
         return Refusal("opset", name, f"opset {opset} is older than {spec.MIN_OPSET}")
     if spec.inputs[0].dtype == "f64":
@@ -205,6 +212,13 @@ def _refused(rewrite: Rewrite, opset: int) -> Refusal | None:
     if spec.parse(spec.op_type) != spec:
         return Refusal("types", name, f"no fused op is declared for {spec.op_type}")
     return None
+
+
+def _adds_axis(node: ir.Node) -> bool:
+    """Whether a node would give a scalar the axis of a constant."""
+    return node.op_type in _BROADCASTING and any(
+        facts.is_constant(value) and facts.rank(value) for value in node.inputs
+    )
 
 
 def remember(miss: Miss, op: str) -> None:
@@ -229,13 +243,14 @@ def apply(model: ir.Model, rewrite: Rewrite, opset: int) -> ir.Node:
     for slot, old in zip(spec.outputs, rewrite.outputs, strict=True):
         value = ir.val(None if old is None else old.name)
         if old is None:
-            value.name = f"{rewrite.outputs[0].name}_{slot.name}"  # type: ignore[union-attr]
+            name = f"{rewrite.outputs[0].name}_{slot.name}"  # type: ignore[union-attr]
+            value.name = facts.unused(name, graph)
             facts.copy_facts(rewrite.outputs[0], value)  # type: ignore[arg-type]
         else:
             facts.copy_facts(old, value)
         outputs.append(value)
     inputs = [
-        registered(_merge(rewrite, slot, value), graph)
+        registered(_merge(rewrite, graph, slot, value), graph)
         for slot, value in zip(spec.inputs, rewrite.inputs, strict=True)
     ]
     fused = ir.node(
@@ -253,7 +268,7 @@ def apply(model: ir.Model, rewrite: Rewrite, opset: int) -> ir.Node:
     graph.insert_before(root, fused)
     for old, new in zip(rewrite.outputs, outputs, strict=True):
         if old is not None:
-            final = _restore(rewrite, new)
+            final = _restore(rewrite, graph, new)
             old.replace_all_uses_with(final, replace_graph_outputs=True)
             old.name = f"{old.name}_before_{spec.op_type}"
     _remove_dead(rewrite.nodes)
@@ -261,7 +276,7 @@ def apply(model: ir.Model, rewrite: Rewrite, opset: int) -> ir.Node:
     return fused
 
 
-def _merge(rewrite: Rewrite, slot: Slot, value: ir.Value) -> ir.Value:
+def _merge(rewrite: Rewrite, graph: ir.Graph, slot: Slot, value: ir.Value) -> ir.Value:
     """`value` as the fused op takes it: its last axes one axis, where the rewrite merges them."""
     if not rewrite.merged:
         return value
@@ -270,15 +285,16 @@ def _merge(rewrite: Rewrite, slot: Slot, value: ir.Value) -> ir.Value:
     if slot.layout == "vector" and array is not None:
         return ir.val(f"{value.name}_flat", const_value=ir.tensor(array.reshape(width)))
     name = f"{rewrite.root.outputs[0].name}_{rewrite.spec.op_type}_{slot.name}"
+    name = facts.unused(name, graph)
     return _reshape(rewrite, value, _lead(rewrite) if slot.layout == "row" else (), (width,), name)
 
 
-def _restore(rewrite: Rewrite, value: ir.Value) -> ir.Value:
+def _restore(rewrite: Rewrite, graph: ir.Graph, value: ir.Value) -> ir.Value:
     """`value`, an output of the fused op with the facts of the source's, in the source's shape."""
     if not rewrite.merged:
         return value
     lead, name = _lead(rewrite), str(value.name)
-    value.name = f"{name}_{rewrite.spec.op_type}"
+    value.name = facts.unused(f"{name}_{rewrite.spec.op_type}", graph)
     value.shape = ir.Shape([*lead, math.prod(rewrite.merged)])
     return _reshape(rewrite, value, lead, rewrite.merged, name)
 
@@ -325,12 +341,7 @@ def registered(value: ir.Value, graph: ir.Graph) -> ir.Value:
             ):
                 return known
         value.meta[MADE_UP] = array
-    taken = {out.name for node in graph for out in node.outputs} | set(graph.initializers)
-    taken.update(given.name for given in graph.inputs)
-    base, count = str(value.name), 1
-    while value.name in taken:
-        count += 1
-        value.name = f"{base}_{count}"
+    value.name = facts.unused(str(value.name), graph)
     value.const_value.name = value.name
     graph.register_initializer(value)
     return value

@@ -202,6 +202,8 @@ def _read(node: ir.Node, entry: _Contrib, opset: int) -> _Call | Refusal:
         return Refusal("type_unknown", name, "the type of its input is unknown")
     if dtype not in entry.types:
         return Refusal("types", name, f"{node.op_type} in {dtype} stays onnxruntime's")
+    if {*known} - {None, dtype}:
+        return Refusal("types", name, "its scale has another type than its input")
     numbers = {"epsilon": entry.epsilon, "beta": 1.702}
     for ours, theirs in (("epsilon", "epsilon"), ("beta", "alpha")):
         attribute = node.attributes.get(theirs)

@@ -46,6 +46,19 @@ def _refused(path: Path, *words: str) -> None:
     assert sorted(path.parent.rglob("*")) == before
 
 
+def test_what_onnx_ir_cannot_read(tmp_path: Path) -> None:
+    proto = model("y = Relu(x)", outputs="float[b,s,8] y")
+    numbers = onnx.helper.make_tensor("n", onnx.TensorProto.FLOAT, [1], [3.0])
+    places = onnx.helper.make_tensor("p", onnx.TensorProto.INT64, [1], [2])
+    sparse = onnx.helper.make_sparse_tensor(numbers, places, [8])
+    proto.graph.node.append(onnx.helper.make_node("Constant", [], ["c"], sparse_value=sparse))
+    path = tmp_path / "sparse.onnx"
+    onnx.save(proto, path)
+    _refused(path, "malformed graph")
+    with pytest.raises(BadInput, match="malformed graph"):
+        fusenorm.optimize(proto)
+
+
 def test_missing_file(tmp_path: Path) -> None:
     _refused(tmp_path / "none.onnx", "no such file")
 

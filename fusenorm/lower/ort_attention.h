@@ -151,11 +151,11 @@ static OrtStatus* attention_plan(AttentionJob* job) {
   }
   if (size[K][COLUMN] != size[Q][COLUMN])
     return fail_slot(state, &op->input[K], "has another last axis than q");
+  if (!joins(&size[Y][HEAD], mask[HEAD]) || !joins(&size[Y][POSITION], mask[POSITION]) ||
+      !joins(&size[K][POSITION], mask[COLUMN]))
+    return fail_slot(state, &op->input[MASK], "does not broadcast to the scores");
   if (size[V][POSITION] != size[K][POSITION])
     return fail_slot(state, &op->input[V], "has other rows than k");
-  if (!joins(&size[Y][HEAD], mask[HEAD]) || !joins(&size[Y][POSITION], mask[POSITION]) ||
-      (mask[COLUMN] != 1 && mask[COLUMN] != size[K][POSITION]))
-    return fail_slot(state, &op->input[MASK], "does not broadcast to the scores");
   return NULL;
 }
 

@@ -283,6 +283,17 @@ def test_a_mask_has_more_rows_than_q(library: Path) -> None:
     check(spec, feeds, y)
 
 
+def test_a_mask_repeats_the_one_row_of_k(library: Path) -> None:
+    for name in ("nan", "safe"):
+        spec = SPECS[name]
+        assert spec.mask
+        for rows in (1, 40):
+            feeds = operands(spec, rows=rows)
+            feeds["k"] = feeds["k"].take([0], axis=1 if spec.layout[1] == "s" else 2)
+            feeds["mask"] = np.linspace(-1, 1, 7, dtype=np.float32).reshape(1, 1, 1, 7)
+            check(spec, feeds, run(spec, library, feeds))
+
+
 def test_nothing_to_do(library: Path) -> None:
     for batch, rows, keys in ((0, 3, 4), (2, 0, 4), (2, 3, 0)):
         for spec in SPECS.values():

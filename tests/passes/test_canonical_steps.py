@@ -313,6 +313,20 @@ def test_equal_expressions_are_one_unless_drawn(op: str, merged: bool) -> None:
     assert lines == ([f"a = {op}(x)", "y = Add(a, a)"] if merged else None)
 
 
+def test_nodes_that_leave_out_other_outputs_are_not_one() -> None:
+    body = "{}, a = LSTM(x, w, w)\n{}, b = LSTM(x, w, w)\ny = Add(a, b)"
+    inputs = "float[8] x, float[8] w"
+    lines = after(MergeEqual(), parsed(body.format("", ""), inputs))
+    assert lines == [", a = LSTM(x, w, w)", "y = Add(a, a)"]
+    for names in (("", "c"), ("c", "")):
+        assert after(MergeEqual(), parsed(body.format(*names), inputs)) is None
+
+
+def test_nodes_with_attributes_that_cannot_be_compared_are_not_one() -> None:
+    body = "a = Optional<type = float[8]>()\nb = Optional<type = float[8]>()\ny = other.F(a, b)"
+    assert after(MergeEqual(), parsed(body)) is None
+
+
 @pytest.mark.parametrize(
     ("body", "lines"),
     [

@@ -54,6 +54,24 @@ def test_a_norm_of_reshaped_rows_is_a_reshaped_norm() -> None:
     assert fused_ops(same(proto, FEEDS)) == ["SkipLayerNorm"]
 
 
+@pytest.mark.parametrize(("source", "target"), [((2, 3, 8), (-1, 8)), ((6, 8), (2, 3, 8))])
+def test_a_positive_axis_stays_the_last_one(
+    source: tuple[int, ...], target: tuple[int, ...]
+) -> None:
+    body = f"""
+      s = Add(x, r)
+      t = Reshape(s, to)
+      y = LayerNormalization<axis = {len(target) - 1}>(t, gamma)
+    """
+    kinds = ", ".join(f"float{list(source)} {name}" for name in "xr")
+    shape = "float[6,8]" if len(target) == 2 else "float[2,3,8]"
+    constants = {"gamma": GAMMA, "to": np.array(target)}
+    proto = model(body, kinds, f"{shape} y", constants=constants)
+    feeds = {name: rows(*source, seed=len(name)) for name in "xr"}
+    assert moved(proto, feeds) == ["Add", "LayerNormalization", "Reshape"]
+    assert fused_ops(same(proto, feeds)) == ["SkipLayerNorm"]
+
+
 def test_all_readers_of_the_norm_read_the_reshape() -> None:
     body = FLAT.replace("y =", "n =") + "\na = Neg(n)\nc = Add(n, flat)\ny = Add(a, c)"
     outputs = "float[n,8] y, float[n,8] n"

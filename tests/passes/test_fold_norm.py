@@ -219,8 +219,12 @@ REFUSED = {
     ],
     "axis": [("n = LayerNormalization <axis: int = 1> (x, grid)\n" + MAP, "float[b,3,8] x",
               "float[b,3,64] y")],
+    "scale_shape": [
+        ("x = Compress <axis: int = 2> (q, eight)\nn = LayerNormalization (x, g, one)\n" + MAP,
+         "float[b,s,8] q", Y),
+    ],
 }  # fmt: skip
-CONSTANTS |= {"grid": rows(3, 8), "short": rows(4, 64)}
+CONSTANTS |= {"one": rows(1), "eight": np.ones(8, bool), "grid": rows(3, 8), "short": rows(4, 64)}
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import onnx
 import pytest
 
 import fusenorm
+from fusenorm.pipeline import lower_regions
 from fusenorm.report import Report
 from tests.graphs import fused, fused_ops, model, reasons, rows, same
 
@@ -64,6 +65,107 @@ def test_another_domain_s_operator_is_not_the_standard_s() -> None:
     assert fused_ops(ours.report) == ["Swish"]
     theirs = fusenorm.optimize(onnx.parser.parse_model(text.format("other.")))
     assert fused_ops(theirs.report) == []
+
+
+@pytest.mark.parametrize(
+    ("body", "op"),
+    [
+        ("t = Mul(x, c)\ns = Sigmoid(t)\ny = Mul(x, s)", "Swish"),
+        ("t = Relu(x)\ny = Pow(t, two)", "Relu2"),
+        ("t = Max(x, zero)\ny = Mul(t, t)", "Relu2"),
+        ("g = Min(x, two)\ns = Sigmoid(g)\na = Mul(g, s)\nn = Neg(x)\nh = Max(n, low)\n"
+         "u = Min(h, two)\ny = Mul(a, u)", "GLU"),
+    ],
+)  # fmt: skip
+def test_a_constant_of_one_axis_gives_it_to_a_scalar(body: str, op: str) -> None:
+    numbers = {"c": 1.5, "zero": 0.0, "two": 2.0, "low": -2.0}
+    used = {name: np.float32(number) for name, number in numbers.items() if name in body}
+    rank_1 = {name: number.reshape(1) for name, number in used.items()}
+    for x, y, constants, fuses in (
+        ("float x", "float y", used, True),
+        ("float[n] x", "float[n] y", rank_1, True),
+        ("float x", "float[1] y", rank_1, False),
+    ):
+        feed = np.full((1,) if "[n]" in x else (), 0.7, np.float32)
+        report = same(model(body, x, y, constants=constants), {"x": feed})
+        assert (op in fused_ops(report)) == fuses
+
+
+NORM_OF_TWO_AXES = """
+  mean = ReduceMean<keepdims = 1>(x, two)
+  c = Sub(x, mean)
+  sq = Mul(c, c)
+  v = ReduceMean<keepdims = 1>(sq, two)
+  e = Add(v, eps)
+  r = Sqrt(e)
+  y = Div(c, r)
+"""
+EXPOSED = "s = Add(x, x)\nf = Reshape(s, flat)\nn = LayerNormalization(f, g)\ny = Reshape(n, back)"
+
+
+@pytest.mark.parametrize(
+    ("body", "name"),
+    [
+        ("t = Sum(x, x, {})\ny = Neg(t)", "t_sum_of_2"),
+        (EXPOSED, "n_rows"),
+        (NORM_OF_TWO_AXES, "y_LayerNorm_noscale_x"),
+        (NORM_OF_TWO_AXES, "y_LayerNorm_noscale"),
+    ],
+)
+def test_a_name_the_model_has_is_not_given_again(body: str, name: str) -> None:
+    constants = {
+        "two": np.array([-2, -1]),
+        "eps": np.float32(1e-5),
+        "g": rows(8),
+        "flat": np.array([-1, 8]),
+        "back": np.array([2, 3, 8]),
+    }
+    lines = f"{name} = Exp(x)\n{body.format(name)}\nz = Neg({name})"
+    used = {key: array for key, array in constants.items() if key in body}
+    shape = "float[2,3,8]"
+    same(model(lines, f"{shape} x", f"{shape} y, {shape} z", constants=used), X)
+
+
+@pytest.mark.parametrize(
+    ("opset", "body"),
+    [
+        (6, "t = Add<broadcast = 1, axis = 0>(m, a)\nu = Mul(x, t)\ns = Sigmoid(u)\ny = Mul(u, s)"),
+        (5, "c = Cast<to = \"FLOAT\">(m)\ns = Sigmoid(c)\ny = Add(x, s)"),
+        (4, "r = Reshape<shape = [3, 3]>(m)\ny = Add(x, r)"),
+    ],
+)  # fmt: skip
+def test_a_model_of_an_old_opset_stays(opset: int, body: str) -> None:
+    constants = {"a": np.float32([1, 2, 3]), "m": rows(3, 3)}
+    proto = model(body, "float[3,3] x", "float[3,3] y", opset=opset, constants=constants)
+    result = fusenorm.optimize(proto)
+    assert [n.op_type for n in result.model.graph] == [n.op_type for n in proto.graph.node]
+    assert fused_ops(result.report) == []
+
+
+CHAINS = {
+    "Min": ("x0 = Relu(x)", "{} = Min({}, c)", "s = Sigmoid({})\nu = Neg(x)\ny = Mul(s, u)"),
+    "Add": ("x0 = Relu(x)", "{} = Add({}, c)", "y = Neg({})"),
+    "Reshape": ("x0 = LayerNormalization(x, g)", "{} = Reshape({}, flat)", "y = MatMul({}, eye)"),
+}
+
+
+@pytest.mark.parametrize("link", CHAINS)
+def test_a_long_chain(link: str) -> None:
+    first, line, end = CHAINS[link]
+    links = [line.format(f"x{count + 1}", f"x{count}") for count in range(1100)]
+    body = "\n".join((first, *links, end.format("x1100")))
+    numbers = {"c": np.float32(3), "flat": np.array([0, 8]), "g": rows(8), "eye": rows(8, 8)}
+    used = {name: array for name, array in numbers.items() if f"{name})" in first + line + end}
+    proto = model(body, "float[3,8] x", "float[3,8] y", constants=used)
+    lower_regions(fusenorm.optimize(proto).model)
+
+
+def test_a_mask_of_many_paths() -> None:
+    links = [f"m{count + 1} = Add(m{count}, m{count})" for count in range(60)]
+    end = "k = Transpose(x)\np = MatMul(x, k)\ns = Add(p, m60)\nw = Softmax(s)\ny = MatMul(w, x)"
+    body = "\n".join(("m0 = Relu(mask)", *links, end))
+    proto = model(body, "float[3,8] x, float[3,3] mask", "float[3,8] y")
+    lower_regions(fusenorm.optimize(proto).model)
 
 
 def test_imports_nothing_uses_are_dropped() -> None:

@@ -236,6 +236,8 @@ PART = Op("Mul", (X, Width("x", reciprocal=True)))
         (PART, "y = Mul(a, c)", 8.0, "float[b,8]", False),
         (PART, "y = Mul(a, c)", 0.126, "float[b,8]", False),
         (PART, "y = Mul(a, c)", 1 / 3, "float[b,3]", True),
+        (WIDTH, "y = Div(a, c)", 0.0, "float[b,0]", False),
+        (PART, "y = Mul(a, c)", 0.125, "float[b,0]", False),
     ],
 )
 def test_the_width_of_a_variable(

@@ -315,6 +315,8 @@ def test_a_bias_that_is_left_out() -> None:
     [
         ("y = LayerNormalization(x, raised)", "float[b,3,8] x", "scale_shape"),
         ("y = LayerNormalization(x, given)", "float[b,3,h] x, float[n] given", "scale_shape"),
+        ("y = LayerNormalization(x, gs)", "float[b,3,h] x", "scale_shape"),
+        ("y = LayerNormalization(x, g, gs)", "float[b,3,h] x", "scale_shape"),
         ("y = LayerNormalization<axis = 1>(x, matrix)", "float[b,3,8] x", "axis"),
         ("y = LayerNormalization<axis = -2>(x, matrix)", "float[b,3,8] x", "axis"),
         ("y = LayerNormalization(x, g64)", "double[b,3,8] x", "types"),

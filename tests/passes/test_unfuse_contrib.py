@@ -145,6 +145,15 @@ def test_what_stays_says_why(body: str, dtype: str, reason: tuple[str, str]) -> 
     assert _left(report) == [(op, "refused", code)]
 
 
+def test_a_scale_of_another_type_keeps_the_node() -> None:
+    """The result then has the scale's type."""
+    proto = _model("y = SimplifiedLayerNormalization(x, g)", "float16[n,s,16] y")
+    narrow = VECTORS["g"].astype(np.float16)
+    proto.graph.initializer[0].CopyFrom(onnx.numpy_helper.from_array(narrow, "g"))
+    report = fusenorm.optimize(proto).report
+    assert _left(report) == [("RMSNorm", "refused", "types")]
+
+
 @pytest.mark.parametrize(("opset", "op"), [(11, "QuickGelu"), (12, "Swish")])
 def test_an_opset_older_than_the_bodies(opset: int, op: str) -> None:
     proto = _model(f"y = {MS}.QuickGelu(x)", "float[n,s,16] y")

@@ -43,11 +43,12 @@ def available() -> bool:
     return (FOLDER / "truth.json").is_file()
 
 
-def files(names: tuple[str, ...] | None = None, *, half: bool = False) -> Iterator[Path]:
-    """The exports of `names` (all by default); f16 ones only if `half`."""
+def files(names: tuple[str, ...] | None = None, *, half: bool | None = False) -> Iterator[Path]:
+    """The exports of `names` (all by default), f32 or f16 ones; both if `half` is None."""
     for path in sorted(FOLDER.glob("*.onnx")):
-        arch = path.name.split(".")[0]
-        if (names is None or arch in names) and path.name.endswith(".fp16.onnx") == half:
+        if names is not None and path.name.split(".")[0] not in names:
+            continue
+        if half is None or path.name.endswith(".fp16.onnx") == half:
             yield path
 
 
@@ -102,5 +103,5 @@ def table(paths: Iterator[Path]) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    for line in table(files(tuple(sys.argv[1:]) or None)):
+    for line in table(files(tuple(sys.argv[1:]) or None, half=None)):
         print(line)

@@ -27,6 +27,7 @@ CONSTANTS = {
     "end": np.array(7),
     "step": np.array(2),
     "byte": np.array([3], np.int8),
+    "half": np.float16([0.1, 0.2]),
 }
 
 
@@ -61,6 +62,7 @@ def folded(
     ("expression", "result"),
     [
         ("Add(a, b)", CONSTANTS["a"] + CONSTANTS["b"]),
+        ("Add(half, half)", np.float16([0.2, 0.4])),
         ("Sub(a, b)", CONSTANTS["a"] - CONSTANTS["b"]),
         ("Mul(a, b)", CONSTANTS["a"] * CONSTANTS["b"]),
         ("Div(a, b)", CONSTANTS["a"] / CONSTANTS["b"]),
@@ -138,6 +140,7 @@ def test_chains_fold_in_one_go() -> None:
         (np.float16([1.5]), 1, F32([1.5])),
         (np.array([1.5], ml_dtypes.bfloat16), 1, F32([1.5])),
         (np.float64([1.5]), 1, F32([1.5])),
+        (np.float64([2**24 + 1]), 7, I64([2**24 + 1])),
         (np.int32([7]), 1, F32([7])),
         (I64([7]), 1, F32([7])),
         (np.array([True]), 1, F32([1])),
@@ -154,6 +157,15 @@ def test_casts(source: np.ndarray, code: int, result: np.ndarray | None) -> None
     if array is not None and result is not None:
         assert array.dtype == result.dtype
         np.testing.assert_array_equal(array, result)
+
+
+@pytest.mark.parametrize(("opset", "folds"), [(6, False), (7, True)])
+def test_operators_that_broadcast_by_attributes_stay(opset: int, folds: bool) -> None:
+    found = values("c = Neg(a)\ny = Identity(c)", "float[b,s,8] x", constants=CONSTANTS)
+    graph = found["y"].producer().graph  # type: ignore[union-attr]
+    assert isinstance(graph, ir.Graph)
+    graph.opset_imports[""] = opset
+    assert FoldConstants()(ir.Model(graph, ir_version=8)).modified == folds
 
 
 @pytest.mark.parametrize(("limit", "folds"), [(9, True), (8, False)])

@@ -280,6 +280,7 @@ def test_what_is_no_activation(body: str) -> None:
         ("c = Clip (x, hi, hi)", (7, 7)),
         ("c = Clip (x, hi, lo)", None),
         ("c = Clip (x, nan, hi)", None),
+        ("c = Max (x, nan)", None),
         ("c = other.Clip (x, lo, hi)", None),
         ("c = other.Min (x, hi)", None),
     ],

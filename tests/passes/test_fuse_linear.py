@@ -153,6 +153,7 @@ CONSTANTS = {
         (None, "y = Add (x, one)", PLAIN),
         (None, "h = MatMul (x, w)\n y = Add (h, b)", PLAIN + ", float[128] b"),
         (None, "h = MatMul (x, w)\n g = Add (h, b)\n y = Add (g, b)", PLAIN),
+        (None, "h = Gemm (x, w, b)\n y = Add (h, one)", MATRIX),
         (None, "h = MatMul (x, w)\n y = Add (h, column)", "float[5,8] x"),
         (None, "h = MatMul (x, w)\n y = Add (h, cube)", MATRIX),
         (None, "h = Mul (x, w)\n y = Add (h, b)", "float[8,128] x"),

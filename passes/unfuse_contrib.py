@@ -230,7 +230,7 @@ def _function(name: str, node: ir.Node, entry: _Contrib, call: _Call, opset: int
     stored = call.dtype
     if "sum_bias" in given:  # three terms, and only their sum is rounded
         call = dataclasses.replace(call, dtype="f32")
-    for name in given if call.dtype != stored else ():
+    for name in given:
         body.cast(name, f"{name}_stored", stored, call.dtype)
     entry.write(body, call)
     slots = enumerate(entry.outputs[: len(node.outputs)])

@@ -11,6 +11,7 @@ import pytest
 
 from fusenorm.errors import BadInput
 from fusenorm.ops import DOMAIN, Gated, Norm, OpSpec
+from fusenorm.passes import facts
 from fusenorm.passes import rewrite as rewriting
 from fusenorm.passes.pattern import Const, Miss, Op, Pattern, Refusal, State, Var
 from fusenorm.passes.rewrite import Rewrite, RewritePass, Rule, first_accepted, root_key
@@ -177,6 +178,51 @@ def test_only_declared_ops_of_a_new_enough_opset(spec: Gated, opset: int, code: 
     assert len(checked) == (not code)
     if code:
         assert model.graph[0].meta[rewriting.MISS_KEY][1].refusal.code == code
+
+
+@pytest.mark.parametrize(("opset", "seen"), [(1, False), (6, False), (7, True)])
+def test_operators_that_broadcast_by_attributes_are_not_read(opset: int, seen: bool) -> None:
+    model = model_of("y = Neg(x)")
+    model.graph.opset_imports[""] = opset
+    roots: list[ir.Node] = []
+    assert not apply(model, Stub(roots.append, "Neg"))
+    assert bool(roots) == seen
+
+
+@pytest.mark.parametrize(
+    ("x", "body", "refused"),
+    [
+        ("float x", "y = Mul(x, row)", True),
+        ("float x", "a = Neg(x)\ny = Max(a, row)", True),
+        ("float x", "y = Mul(x, number)", False),
+        ("float x", "y = Mul(x, z)", False),
+        ("float x", "y = PRelu(x, row)", False),  # keeps the shape of x
+        ("float x", "y = Neg(x)", False),
+        ("float[n] x", "y = Mul(x, row)", False),
+        ("float[b,8] x", "y = Mul(x, row)", False),
+    ],
+)
+def test_a_constant_would_give_a_scalar_its_axis(x: str, body: str, refused: bool) -> None:
+    constants = {"row": np.float32([2]), "number": np.float32(2)}
+    held = {name: array for name, array in constants.items() if name in body}
+    found = values(body, f"{x}, float[1] z", constants=held)
+    model = ir.Model(found["y"].producer().graph, ir_version=10)  # type: ignore[arg-type, union-attr]
+    nodes = tuple(model.graph)
+
+    def propose(root: ir.Node) -> Rewrite:
+        return Rewrite("stub", SWISH, (found["x"],), {"beta": 1.0}, (root.outputs[0],), nodes)
+
+    root = nodes[-1]
+    assert apply(model, Stub(propose, root.op_type)) == (not refused)
+    if refused:
+        assert root.meta[rewriting.MISS_KEY][1].refusal.code == "rank"
+
+
+def test_a_row_of_unknown_rank_is_no_scalar() -> None:
+    found = values("y = Mul(x, row)", "float x", constants={"row": np.float32([2])})
+    facts.assume_row(found["x"], "f32", 8)
+    model = ir.Model(found["y"].producer().graph, ir_version=10)  # type: ignore[arg-type, union-attr]
+    assert apply(model, Stub(swish_of, "Mul"))
 
 
 def test_a_model_without_standard_operators_has_no_opset() -> None:

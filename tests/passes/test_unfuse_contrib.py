@@ -101,6 +101,7 @@ def test_f16_skip_norm_sums_in_f32(norm: str, vectors: str, mean: int) -> None:
     proto = _model(body, "float16[n,s,16] y, float16[n,s,16] s", "float16")
     unfused = ReferenceEvaluator(ir.to_proto(UnfuseContrib()(ir.from_proto(proto)).model))
     after = ir.to_proto(fusenorm.optimize(proto).model)
+    assert ("Cast" in {node.op_type for node in after.graph.node}) == vectors.endswith("c")
     feeds = {"x": rows(4, 9, 16, dtype=np.float16), "r": rows(4, 9, 16, seed=1, dtype=np.float16)}
     feeds["x"] += np.float16(mean)
     for got in (run(after, feeds), unfused.run(None, feeds)):

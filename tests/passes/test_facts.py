@@ -556,3 +556,24 @@ def test_bodies_in_a_list_and_outer_values_they_return() -> None:
     node = ir.Node("other", "Switch", [ir.val("x")], [several])
     read = {value.name for value in facts.operands(node)}
     assert {"x", "outer", "inner"} <= read
+
+
+@pytest.mark.parametrize(
+    ("name", "free"), [("free", "free"), ("x", "x_2"), ("k", "k_3"), ("a", "a_2")]
+)
+def test_a_name_nothing_has(name: str, free: str) -> None:
+    body = "a = Neg (x)\nk_2 = Mul (a, k)"
+    found = values(body, "float[b,s,8] x", constants={"k": np.float32(2)})
+    graph = found["a"].producer().graph  # type: ignore[union-attr]
+    assert isinstance(graph, ir.Graph)
+    assert facts.unused(name, graph) == free
+
+
+@pytest.mark.parametrize(
+    ("body", "reads"),
+    [("y = Shape (x)", True), ("y = Size (x)", True), ("y = Neg (x)", False)],
+)
+def test_what_reads_nothing_but_a_shape(body: str, reads: bool) -> None:
+    node = values(body, "float[b,s,8] x")["y"].producer()
+    assert node is not None
+    assert facts.reads_shape(node) == reads

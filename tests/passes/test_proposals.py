@@ -298,6 +298,9 @@ def test_a_standard_norm_of_a_scale_to_repeat_or_of_unknown_width() -> None:
     repeated = norm_node("y = LayerNormalization(x, gs)")
     assert isinstance(repeated, NormNode)
     assert [value.name for value in repeated.vectors] == ["gs_x8"]
+    one = norm_node("y = LayerNormalization(x, gs)", "float[b,3,1] x")
+    assert isinstance(one, NormNode)
+    assert [value.name for value in one.vectors] == ["gs"]
     unknown = norm_node("y = LayerNormalization(x, g)", "float[b,3,h] x")
     assert isinstance(unknown, NormNode)
     assert [value.name for value in unknown.vectors] == ["g"]

@@ -21,8 +21,8 @@ from fusenorm.kernels.program import Reduction, RowProgram, row_program, symbols
 from fusenorm.ops import DTYPES, DType, OpSpec, Slot
 
 _ACCUMULATORS = 4
-# Bytes of y from which a call is part of an op whose tensors no cache holds: the ops library makes
-# up to 64 calls of an op, none as large unless y has 16 MiB.
+# Bytes of y from which a call is taken for part of an op whose tensors no cache holds: the ops
+# library makes up to 64 calls of an op, none as large unless y has 16 MiB or one row is as large.
 _LARGE = 256 << 10
 # bf16 travels as its bits: TIR's own bf16 turns NaN into zero when it rounds.
 BUFFER: dict[DType, str] = {"f16": "float16", "bf16": "uint16", "f32": "float32"}

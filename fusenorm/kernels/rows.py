@@ -34,7 +34,8 @@ def functions(spec: OpSpec, lanes: int) -> list[Any]:
 
     Arguments: the inputs, the outputs, int64 begin and end, then the attributes as float32.
     Tensors are [rows, D], vectors [D], packed ones [rows, 2D]; the range is of rows. The function
-    without the second output uses the first as scratch.
+    without the second output uses the first as scratch. An output may lie where an input [rows, D]
+    lies.
     """
     program = row_program(spec)
     emit = _flat if program.flat else _rows
@@ -275,7 +276,7 @@ class Emitter:
 
     def each_size(self, begin: Expr, end: Expr, emit: Callable[[Self], None]) -> None:
         """`emit` twice: for rows (or elements of flat programs) [begin, end) so large that they are
-        stored past the caches, and for others.
+        stored past the caches, and for others and those that lie where an input does.
         """
         dtypes = [slot.dtype for slot in self.outputs]
         with streaming.available(self.lanes, dtypes), T.If(self._large(begin, end)):
@@ -293,11 +294,18 @@ class Emitter:
         large = count >= _LARGE // DTYPES[self.outputs[0].dtype].numpy.itemsize
         if not flat:
             large = T.And(large, self.columns() % self.lanes.count == 0)
+        rows = [slot.name for slot in self.program.inputs if slot.layout == "row"]
         for slot in self.outputs:
-            buffer = self.buffers[slot.name]
-            first = buffer[begin] if flat else buffer[begin, 0]
+            first = self._first(slot.name, begin)
             large = T.And(large, streaming.aligned(self.lanes, slot.dtype, first))
+            for name in rows:
+                large = T.And(large, streaming.apart(first, self._first(name, begin)))
         return large
+
+    def _first(self, name: str, begin: Expr) -> Expr:
+        """The first element of row (or, flat, the element) `begin`."""
+        buffer = self.buffers[name]
+        return buffer[begin] if self.program.flat else buffer[begin, 0]
 
     def _inner(self) -> Self:
         """Itself, to compute values in a scope of their own."""
@@ -332,16 +340,20 @@ def prefetch(element: Expr, level: int) -> None:
 
 
 @contextmanager
-def function(name: str) -> Iterator[IRBuilder]:
+def function(name: str, *, noalias: bool = True) -> Iterator[IRBuilder]:
+    """Args:
+    name: of the function.
+    noalias: whether its tensors never share memory.
+    """
     with IRBuilder() as builder, T.prim_func(s_tir=True):
         T.func_name(name)
-        T.func_attr({"global_symbol": name, "tirx.noalias": True})
+        T.func_attr({"global_symbol": name, "tirx.noalias": noalias})
         yield builder
 
 
 def _flat(program: RowProgram, name: str, outputs: tuple[Slot, ...], lanes: int) -> Any:
     emitter = Emitter(program, outputs, Lanes(lanes))
-    with function(name) as builder:
+    with function(name, noalias=False) as builder:
         rows, columns = T.int64(), T.int64()
         begin, end = emitter.arguments(lambda slot: (rows, columns))
         emitter.flatten(rows * columns)
@@ -364,7 +376,7 @@ def _flat(program: RowProgram, name: str, outputs: tuple[Slot, ...], lanes: int)
 
 def _rows(program: RowProgram, name: str, outputs: tuple[Slot, ...], lanes: int) -> Any:
     emitter = _RowEmitter(program, outputs, Lanes(lanes))
-    with function(name) as builder:
+    with function(name, noalias=False) as builder:
         rows, columns, pair = T.int64(), T.int64(), T.int64()
         shapes = {"row": (rows, columns), "vector": (columns,), "packed": (rows, pair)}
         begin, end = emitter.arguments(lambda slot: shapes[slot.layout])
@@ -418,16 +430,19 @@ class _RowEmitter(Emitter):
                 prefetch(self.buffers[slot.name][row, block.at], level=2)
 
     def _early(self) -> dict[str, str]:
-        """Values the first pass stores, later passes load, and where: s in s, else s in y."""
+        """Values the first pass stores, later passes load, and where: s in s, else s in y.
+
+        An s that they do not load is made of what they do, which it must not overwrite.
+        """
         if self.streaming or not self.program.levels:
             return {}
         first = self.outputs[0]
         early = {}
         for slot in self.program.outputs:
-            if slot != first and self.program.row_free(slot.name):
+            if slot != first and self.program.uses(slot.name) and self.program.row_free(slot.name):
                 if slot in self.outputs:
                     early[slot.name] = slot.name
-                elif self.program.uses(slot.name) and slot.dtype == first.dtype:
+                elif slot.dtype == first.dtype:
                     early[slot.name] = first.name
         return early
 

@@ -51,8 +51,16 @@ def size(lanes: Lanes, dtype: DType) -> int:
 
 def aligned(lanes: Lanes, dtype: DType, element: Expr) -> Expr:
     """Whether a vector may be stored here: at a multiple of its size."""
-    address = T.call_extern("int64", _ADDRESS, T.address_of(element))
-    return address % T.int64(size(lanes, dtype)) == T.int64(0)
+    return _address(element) % T.int64(size(lanes, dtype)) == T.int64(0)
+
+
+def apart(element: Expr, other: Expr) -> Expr:
+    """Whether these lie apart: what was just read had better stay in the caches."""
+    return _address(element) != _address(other)
+
+
+def _address(element: Expr) -> Expr:
+    return T.call_extern("int64", _ADDRESS, T.address_of(element))
 
 
 def store(lanes: Lanes, dtype: DType, element: Expr, value: Expr) -> None:

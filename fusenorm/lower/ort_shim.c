@@ -13,7 +13,7 @@
 
 /* ---- onnxruntime ---- */
 
-enum { ORT_API = 17, ORT_API_SHAPE_REFERENCE = 24, ORT_FAIL = 1, ORT_INVALID_ARGUMENT = 2 };
+enum { ORT_API = 17, ORT_API_IN_PLACE = 18, ORT_API_SHAPE_REFERENCE = 24, ORT_FAIL = 1, ORT_INVALID_ARGUMENT = 2 };
 enum { REQUIRED = 0, OPTIONAL = 1 };
 
 typedef struct OrtStatus OrtStatus;
@@ -51,7 +51,9 @@ typedef struct OrtCustomOp {
   OrtStatus* (*InferOutputShape)(const struct OrtCustomOp*, OrtShapeInferContext*);
   int (*GetStartVersion)(const struct OrtCustomOp*);
   int (*GetEndVersion)(const struct OrtCustomOp*);
-  void* Aliasing[4];
+  size_t (*GetMayInplace)(int** inputs, int** outputs); /* from API version 18 on */
+  void (*ReleaseMayInplace)(int* inputs, int* outputs);
+  void* Aliases[2];
 } OrtCustomOp;
 
 #define SLOT(number, result, ...) ((result(*)(__VA_ARGS__))api[number])
@@ -197,7 +199,7 @@ typedef struct {
 
 static CustomOp CUSTOM_OPS[OP_COUNT];
 static OrtApi api;
-static int has_shape_reference;
+static int version; /* of the API, at most what is used of it */
 static uint64_t loaded_at; /* sets this load's names apart from those saved in a model */
 
 /* An onnxruntime failure returned as it is; a value is released with `cleanup` first. */
@@ -220,7 +222,7 @@ static OrtStatus* fail_slot(const State* state, const Slot* slot, const char* wh
 }
 
 static OrtStatus* shape_of(const OrtValue* value, int64_t* dims, size_t* rank) {
-  if (has_shape_reference) {
+  if (version >= ORT_API_SHAPE_REFERENCE) {
     int type;
     const int64_t* shape = NULL;
     TRY(GetShapeReference(value, &type, &shape, rank));
@@ -720,11 +722,38 @@ static int start_version(const OrtCustomOp* self) { return (void)self, 1; }
 static int end_version(const OrtCustomOp* self) { return (void)self, 0x7fffffff; }
 static void destroy(void* kernel) { free(kernel); }
 
+/* An output of rows may lie where an input of rows of the same shape lay: a kernel reads each
+   element for the last time before it writes there. How many inputs and outputs have rows is known
+   only outside: onnxruntime does not say which op it asks for. */
+static size_t in_place_1_1(int** inputs, int** outputs) {
+  static int input[] = {0}, output[] = {0};
+  *inputs = input, *outputs = output;
+  return 1;
+}
+static size_t in_place_2_1(int** inputs, int** outputs) {
+  static int input[] = {1, 0}, output[] = {0, 0};
+  *inputs = input, *outputs = output;
+  return 2;
+}
+static size_t in_place_2_2(int** inputs, int** outputs) {
+  static int input[] = {1, 0, 0, 1}, output[] = {0, 0, 1, 1};
+  *inputs = input, *outputs = output;
+  return 4;
+}
+static void keep_in_place(int* inputs, int* outputs) { (void)inputs, (void)outputs; }
+
+static size_t (*in_place(const Op* op))(int**, int**) {
+  if (op->device != CPU || (op->kind != ROWS && op->kind != FLAT)) return NULL;
+  if (op->input[0].layout != ROW) return NULL;
+  if (op->inputs < 2 || op->input[1].layout != ROW) return in_place_1_1;
+  return op->outputs == 1 ? in_place_2_1 : in_place_2_2;
+}
+
 static OrtStatus* make_domain(OrtCustomOpDomain** domain) {
   TRY(CreateCustomOpDomain("fusenorm", domain));
   for (size_t i = 0; i < OP_COUNT; ++i) {
     CUSTOM_OPS[i] = (CustomOp){
-        .base = {.version = ORT_API,
+        .base = {.version = version < ORT_API_IN_PLACE ? version : ORT_API_IN_PLACE,
                  .GetName = get_name,
                  .GetExecutionProviderType = get_provider,
                  .GetInputType = get_input_type,
@@ -740,7 +769,9 @@ static OrtStatus* make_domain(OrtCustomOpDomain** domain) {
                  .KernelComputeV2 = compute,
                  .InferOutputShape = infer_shape,
                  .GetStartVersion = start_version,
-                 .GetEndVersion = end_version},
+                 .GetEndVersion = end_version,
+                 .GetMayInplace = in_place(&OPS[i]),
+                 .ReleaseMayInplace = keep_in_place},
         .op = &OPS[i]};
     TRY(CustomOpDomain_Add(*domain, &CUSTOM_OPS[i].base));
   }
@@ -758,8 +789,11 @@ __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(OrtSessionOp
     loaded_at = ((uint64_t)time(NULL) << 24) ^ (uint64_t)clock();
     /* Asking for a version that is not there makes onnxruntime print: look first. */
     const char* dot = strchr(base->GetVersionString(), '.');
-    has_shape_reference = dot != NULL && atoi(dot + 1) >= ORT_API_SHAPE_REFERENCE;
-    api = base->GetApi(has_shape_reference ? ORT_API_SHAPE_REFERENCE : ORT_API);
+    int minor = dot != NULL ? atoi(dot + 1) : ORT_API;
+    version = minor >= ORT_API_SHAPE_REFERENCE ? ORT_API_SHAPE_REFERENCE
+              : minor >= ORT_API_IN_PLACE      ? ORT_API_IN_PLACE
+                                               : ORT_API;
+    api = base->GetApi(version);
     if (api != NULL) status = make_domain(&shared);
   }
   atomic_flag_clear(&lock);

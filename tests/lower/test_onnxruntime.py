@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -300,3 +302,81 @@ def test_two_sessions_share_the_library(library: Path) -> None:
     expected = first.run(None, feed)
     del first
     assert np.array_equal(second.run(None, feed)[0], expected[0])
+
+
+def stream(depth: int, rows: int, columns: int) -> bytes:
+    """A residual stream: `depth` SkipRMSNorms, each of the sum and the result of the last; then
+    the largest number of each row of both.
+    """
+    spec = SPECS[2]
+    nodes = [
+        helper.make_node(
+            spec.op_type,
+            [f"s{i}", f"y{i}", "scale"],
+            [f"y{i + 1}", f"s{i + 1}"],
+            domain=DOMAIN,
+            epsilon=1e-5,
+        )
+        for i in range(depth)
+    ]
+    nodes += [
+        helper.make_node("ReduceMax", [f"{name}{depth}", "last"], [name]) for name in ("s", "y")
+    ]
+    shape = [rows, columns]
+    graph = helper.make_graph(
+        nodes,
+        "stream",
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name in ("s0", "y0")],
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, [rows, 1]) for name in ("s", "y")],
+        [
+            onnx.numpy_helper.from_array(np.linspace(0.5, 1.5, columns, dtype=np.float32), "scale"),
+            onnx.numpy_helper.from_array(np.array([-1]), "last"),
+        ],
+    )
+    proto = helper.make_model(
+        graph,
+        functions=[spec.function(OPSET)],
+        opset_imports=[helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, 1)],
+        ir_version=10,
+    )
+    return proto.SerializeToString()
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_stream_in_place(library: Path, threads: int) -> None:
+    content = stream(5, 300, 520)
+    random = np.random.default_rng(0)
+    feed = {name: random.standard_normal((300, 520)).astype(np.float32) for name in ("s0", "y0")}
+    kept = {name: array.copy() for name, array in feed.items()}
+    mine = session(content, library, threads=threads).run(None, feed)
+    same(SPECS[2], mine, session(content, None).run(None, feed))
+    assert all(np.array_equal(feed[name], kept[name]) for name in feed)
+
+
+MEMORY = """
+import sys
+import numpy as np, onnxruntime as ort
+
+def peak():
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
+
+options = ort.SessionOptions()
+options.enable_cpu_mem_arena = options.enable_mem_pattern = False
+options.intra_op_num_threads = 1
+options.register_custom_ops_library(sys.argv[2])
+session = ort.InferenceSession(sys.argv[1], options, providers=["CPUExecutionProvider"])
+feed = {name: np.ones((4096, 2048), np.float32) for name in ("s0", "y0")}
+before = peak()
+session.run(None, feed)
+print((peak() - before) * 1024 / feed["s0"].nbytes)
+"""
+
+
+def test_a_stream_needs_no_memory_of_its_own(library: Path, tmp_path: Path) -> None:
+    """Of five pairs of tensors only the first takes memory."""
+    path = tmp_path / "stream.onnx"
+    path.write_bytes(stream(5, 4096, 2048))
+    command = [sys.executable, "-c", MEMORY, str(path), str(library)]
+    made = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert float(made.stdout) < 2.5

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterator
 
 import onnx_ir as ir
 
-from fusenorm.ops.linear import MOST_MAPS, Linear
+from fusenorm.ops.linear import MOST_MAPS, PANEL, Linear
 from fusenorm.ops.spec import DOMAIN
+from fusenorm.passes import facts
 from fusenorm.passes.pattern import Miss, Refusal, node_name
 from fusenorm.passes.rewrite import Check, Rewrite, RewritePass
 
@@ -23,10 +25,11 @@ class ConcatLinearMaps(RewritePass):
 
     ## What it matches
     Two or more Linear ops of one x, without activation, of one type and all with a bias or all
-    without, whatever their widths. More than three become several ops, dealt out evenly.
+    without, whatever their widths. More than three become several ops, dealt out evenly. Also one
+    such op whose columns a Split deals out to two or three tensors of whole panels.
 
     ## Formula
-    y_i = x·W_i + b_i, an output each; the weights stay as they are packed.
+    y_i = x·W_i + b_i, an output each; the weights stay as they are packed, or are cut up so.
 
     ## Numerics
     Every output is what the map alone gives, bit for bit.
@@ -48,7 +51,7 @@ class ConcatLinearMaps(RewritePass):
         modified = False
         for graph in list(model.graphs()):
             # The op stands where the first of its maps stood: the order stays one to run in.
-            for proposal in list(_proposals(graph)):
+            for proposal in [*_proposals(graph), *_splits(graph)]:
                 modified |= self.settle(model, proposal, OP, opset)
         return ir.passes.PassResult(model, modified)
 
@@ -65,12 +68,17 @@ def _proposals(graph: ir.Graph) -> Iterator[Rewrite | Miss]:
     for x, alike in readers.items():
         count = sum(map(len, alike.values()))
         for spec, nodes in alike.items():
-            if spec == Linear(bias=spec.bias, dtype=spec.dtype) and len(nodes) > 1:
+            if _is_plain(spec) and len(nodes) > 1:
                 yield from (_side_by_side(x, spec, part) for part in _dealt_out(nodes))
             elif count > 1:
                 detail = f"the {count} maps of {x.name} end differently, or in an activation"
                 for node in nodes:
                     yield Miss((node,), Refusal("unlike", node_name(node), detail))
+
+
+def _is_plain(spec: Linear) -> bool:
+    """Whether it is one map that ends in its product or bias."""
+    return spec == Linear(bias=spec.bias, dtype=spec.dtype)
 
 
 def _dealt_out(nodes: list[ir.Node]) -> Iterator[list[ir.Node]]:
@@ -90,3 +98,58 @@ def _side_by_side(x: ir.Value, spec: Linear, nodes: list[ir.Node]) -> Rewrite:
         outputs=tuple(node.outputs[0] for node in nodes),
         nodes=tuple(nodes),
     )
+
+
+def _splits(graph: ir.Graph) -> Iterator[Rewrite]:
+    """What becomes of the Linear ops of a graph whose columns a Split deals out."""
+    for node in graph:
+        spec = Linear.parse(node.op_type)
+        if spec is None or node.domain != DOMAIN or not _is_plain(spec):
+            continue
+        y = node.outputs[0]
+        (use, *others) = y.uses() or (None,)
+        if use is None or others or y.is_graph_output() or use.node.graph is not graph:
+            continue
+        split = use.node
+        widths = [facts.last_dim(part) for part in split.outputs]
+        whole = 1 < len(widths) <= MOST_MAPS and all(
+            width is not None and width % PANEL == 0 for width in widths
+        )
+        constant = all(map(facts.is_constant, node.inputs[1:]))
+        if facts.splits_columns(split) and whole and constant:
+            yield _split_up(node, spec, split, [int(width or 0) for width in widths])
+
+
+def _split_up(node: ir.Node, spec: Linear, split: ir.Node, widths: list[int]) -> Rewrite:
+    x, weight, *biases = node.inputs
+    assert x is not None
+    assert weight is not None
+    given = []
+    for width, end in zip(widths, itertools.accumulate(widths), strict=True):
+        given.append(_panels(weight, (end - width) // PANEL, end // PANEL))
+        given += [_columns(bias, end - width, end) for bias in biases]
+    return Rewrite(
+        rule=RULE,
+        spec=dataclasses.replace(spec, maps=len(widths)),
+        inputs=(x, *given),
+        attributes={},
+        outputs=tuple(split.outputs),
+        nodes=(node, split),
+    )
+
+
+def _panels(weight: ir.Value, first: int, last: int) -> ir.Value:
+    """Some panels of a packed weight, taken when they are read."""
+    stored = weight.const_value
+    assert stored is not None
+    shape = ir.Shape([last - first, *stored.shape.numpy()[1:]])
+    tensor = ir.LazyTensor(lambda: ir.tensor(stored.numpy()[first:last]), stored.dtype, shape)
+    return ir.val(f"{weight.name}_{first}", const_value=tensor)
+
+
+def _columns(bias: ir.Value | None, first: int, last: int) -> ir.Value:
+    """Some numbers of a bias, which may have 1s in front of its axis."""
+    array = facts.constant(bias)
+    assert array is not None
+    assert bias is not None
+    return ir.val(f"{bias.name}_{first}", const_value=ir.tensor(array.ravel()[first:last]))

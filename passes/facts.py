@@ -79,6 +79,14 @@ def reads_shape(node: ir.Node) -> bool:
     return node.domain == "" and node.op_type in ("Shape", "Size")
 
 
+def splits_columns(node: ir.Node) -> bool:
+    """Whether a node is a standard Split along the last axis."""
+    if (node.domain, node.op_type) != ("", "Split"):
+        return False
+    axis = attribute_int(node, "axis", 0)
+    return any(value and is_last_axis(axis, value) for value in (node.inputs[0], node.outputs[0]))
+
+
 def permutation(node: ir.Node | None) -> tuple[int, ...] | None:
     """The order a standard Transpose puts its axes in; None for other nodes, or if unknown."""
     if node is None or (node.domain, node.op_type) != ("", "Transpose"):
@@ -213,6 +221,11 @@ def same_shape(a: ir.Value, b: ir.Value) -> bool:
     return size is not None and size == last_dim(b) and _origin(a) is _origin(b)
 
 
+def same_leading_dims(a: ir.Value, b: ir.Value) -> bool:
+    """Whether both provably have the same dimensions but for the last."""
+    return a.shape is not None and b.shape is not None and _equal_dims(a.shape[:-1], b.shape[:-1])
+
+
 def _equal_dims(a: ir.Shape | Sequence[_Dim], b: ir.Shape | Sequence[_Dim]) -> bool:
     """Whether every dimension is the same number or the same named symbol."""
     return len(a) == len(b) and all(
@@ -248,7 +261,7 @@ def _row_source(node: ir.Node, value: ir.Value) -> ir.Value | None:
                 return row
         return None
     if node.op_type == "Split":
-        return node.inputs[0] if is_last_axis(attribute_int(node, "axis", 0), value) else None
+        return node.inputs[0] if splits_columns(node) else None
     half = half_of(value)
     return half[0] if half is not None else None
 
@@ -291,7 +304,7 @@ def half_of(value: ir.Value) -> tuple[ir.Value, str, int] | None:
     if node.op_type == "Split":
         source = node.inputs[0]
         assert source is not None
-        if len(node.outputs) != 2 or not is_last_axis(attribute_int(node, "axis", 0), source):
+        if len(node.outputs) != 2 or not splits_columns(node):
             return None
         sizes, size = _split_sizes(node), last_dim(source)
         even = sizes[0] == sizes[1] if sizes else size is not None and size % 2 == 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import onnx_ir as ir
@@ -18,6 +18,7 @@ from fusenorm.passes.fuse_norm import as_vector
 from fusenorm.passes.pattern import Miss, Op, Pattern, Refusal, Speller, Var, node_name
 from fusenorm.passes.rewrite import Check, Rewrite, RewritePass, Rule, root_key
 from fusenorm.passes.spelling import add, one_of
+from fusenorm.passes.validate import LEADING
 
 _STANDARD = ("Relu", "Sigmoid", "Gelu")
 
@@ -31,6 +32,7 @@ class _Map:
         weight: the constant, [K, N], or [N, K] if `transposed`.
         bias: [N], if there is one.
         nodes: what computes it.
+        computed: shapes that Reshapes among them are given, in a check.
     """
 
     x: ir.Value
@@ -38,6 +40,7 @@ class _Map:
     transposed: bool
     bias: ir.Value | None
     nodes: tuple[ir.Node, ...]
+    computed: Mapping[ir.Value, tuple[int, ...]] = dataclasses.field(default_factory=dict)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -76,9 +79,30 @@ def _read_map(value: ir.Value | None, *, inside: bool = True) -> _Map | Refusal 
             if vector is not None:
                 return dataclasses.replace(found, bias=vector, nodes=(*found.nodes, node))
         return None
+    if node.op_type == "Reshape":
+        return _read_rows(node)
     if node.op_type not in ("MatMul", "Gemm"):
         return None
     return _read_product(node)
+
+
+def _read_rows(node: ir.Node) -> _Map | None:
+    """The map of x [..., K] that `node` ends: x as [-1, K], its product, and that as [..., N]."""
+    found = _read_map(node.inputs[0])
+    flat = facts.made_by(found.x, "Reshape") if isinstance(found, _Map) else None
+    if not isinstance(found, _Map) or flat is None or found.computed:
+        return None
+    (x, rows), (y, target) = flat.inputs, (node.outputs[0], node.inputs[1])
+    assert x is not None
+    assert rows is not None
+    assert target is not None
+    inner, columns = found.shape
+    sizes = facts.last_dim(x), facts.last_dim(y)
+    if sizes != (inner, columns) or not facts.same_leading_dims(x, y) or facts.rank(x) == 1:
+        return None
+    leading = LEADING[len(LEADING) + 1 - len(x.shape) :]  # type: ignore[arg-type]
+    computed = {rows: (-1, inner), target: (*leading, columns)}
+    return dataclasses.replace(found, x=x, nodes=(flat, *found.nodes, node), computed=computed)
 
 
 def _read_product(node: ir.Node) -> _Map | Refusal | None:
@@ -140,8 +164,9 @@ class FuseLinear(Rule):
 
     ## What it matches
     MatMul or Gemm with a constant f32 or f16 weight [K, N] that nothing else reads, N % 32 = 0;
-    a bias; the activation that reads the result (a standard one, or one fused before); a gated unit
-    of two such maps of one input, or of the halves of one.
+    the Reshapes around it that make rows of x and take them back; a bias; the activation that
+    reads the result (a standard one, or one fused before); a gated unit of two such maps of one
+    input, or of the halves of one.
 
     ## Formula
     y = act(x·W + b), or y = act(x·W + b)∘(x·V + c).
@@ -161,7 +186,7 @@ class FuseLinear(Rule):
     name = "linear"
     op = "Linear"
     roots = frozenset(
-        {"MatMul", "Gemm", "Add", *_STANDARD}
+        {"MatMul", "Gemm", "Add", "Reshape", *_STANDARD}
         | {root_key(DOMAIN, spec.op_type) for spec in Gated.variants()}
     )
 
@@ -245,6 +270,7 @@ class FuseLinear(Rule):
             attributes=attributes,
             outputs=(root.outputs[0],),
             nodes=(*found.nodes, root),
+            computed=found.computed,
         )
 
     def _gated(
@@ -267,6 +293,7 @@ class FuseLinear(Rule):
             attributes=attributes,
             outputs=(root.outputs[0],),
             nodes=(*gate.nodes, *up.nodes, root),
+            computed={**gate.computed, **up.computed},
         )
 
     def _rewrite(
@@ -289,6 +316,7 @@ class FuseLinear(Rule):
             attributes=attributes,
             outputs=(root.outputs[0],),
             nodes=tuple(dict.fromkeys((*found.nodes, root))),
+            computed=found.computed,
         )
 
 

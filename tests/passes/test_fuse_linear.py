@@ -117,6 +117,73 @@ def test_gemm(transposed: int) -> None:
     assert check(proto) == (["Linear_bias"], [])
 
 
+ROWS = {
+    "w": W,
+    "b": B,
+    "flat": np.array([-1, 8], np.int64),
+    "deep": np.array([1, -1, 8], np.int64),
+    "wide": np.array([128], np.int64),
+    "pairs": np.array([2, 64], np.int64),
+    "copied": np.array([0, 0, 128], np.int64),
+}
+LEADING = "d = Shape <start: int = 0, end: int = 2> (x)\n t = Concat <axis: int = 0> (d, wide)\n"
+
+
+@pytest.mark.parametrize("given", ["float[b,s,8] x", "float[2,3,8] x"])
+@pytest.mark.parametrize(
+    ("body", "kind"),
+    [
+        ("r = Reshape (x, flat)\n h = Gemm (r, w, b)\n y = Reshape (h, t)", "Linear_bias"),
+        ("r = Reshape (x, flat)\n h = MatMul (r, w)\n y = Reshape (h, t)", "Linear"),
+        ("r = Reshape (x, deep)\n h = MatMul (r, w)\n y = Reshape (h, t)", "Linear"),
+        (
+            "r = Reshape (x, flat)\n h = Gemm (r, w, b)\n v = Reshape (h, t)\n y = Relu (v)",
+            "Linear_relu_bias",
+        ),
+        (
+            "r = Reshape (x, flat)\n h = MatMul (r, w)\n v = Reshape (h, t)\n y = Add (v, b)",
+            "Linear_bias",
+        ),
+    ],
+)
+def test_rows_laid_side_by_side_for_the_product(given: str, body: str, kind: str) -> None:
+    used = {name: array for name, array in ROWS.items() if f"{name})" in body or f"{name}," in body}
+    output = OUT if "b" in given else "float[2,3,128] y"
+    proto = model(LEADING + body, given, output, constants={**used, "wide": ROWS["wide"]})
+    after, regions = lowered(proto)
+    assert [site.attributes["kind"] for site in regions] == [kind]
+    assert "Reshape" not in {node.op_type for node in after.graph.node}
+    assert check(proto) == ([kind], [])
+
+
+@pytest.mark.parametrize(
+    ("body", "given", "output"),
+    [
+        # Its rows are others.
+        ("r = Reshape (x, flat)\n h = MatMul (r, w)\n y = Relu (h)", "float[b,s,8] x",
+         "float[n,128] y"),
+        ("r = Reshape (x, flat)\n h = MatMul (r, w)\n d = Shape <end: int = 2> (x)\n"
+         "t = Concat <axis: int = 0> (d, pairs)\n y = Reshape (h, t)", "float[b,s,8] x",
+         "float[b,s,2,64] y"),
+        ("h = MatMul (x, w)\n y = Reshape (h, copied)", "float[b,s,8] x", OUT),
+        # Something else reads the rows.
+        (LEADING + "r = Reshape (x, flat)\n h = MatMul (r, w)\n v = Reshape (h, t)\n"
+         "m = ReduceMax (h)\n y = Add (v, m)", "float[b,s,8] x", OUT),
+        # x has other columns than the product reads.
+        (LEADING + "r = Reshape (x, flat)\n h = MatMul (r, w)\n y = Reshape (h, t)",
+         "float[b,16,4] x", "float[b,16,128] y"),
+    ],
+)  # fmt: skip
+def test_reshapes_that_stay(body: str, given: str, output: str) -> None:
+    used = {name: array for name, array in ROWS.items() if f"{name})" in body}
+    proto = model(body, given, output, constants=used)
+    after, regions = lowered(proto)
+    assert "Reshape" in {node.op_type for node in after.graph.node}
+    assert [site.attributes["kind"] for site in regions] == [
+        "Linear_relu" if "Relu" in body else "Linear"
+    ]
+
+
 PLAIN = "float[b,s,8] x"
 MATRIX = "float[s,8] x"
 GATED = "fusenorm.GLU_sigmoid"

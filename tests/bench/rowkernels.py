@@ -1,7 +1,9 @@
 """Our ops against onnxruntime's, one thread, in one process: a Markdown table of ratios.
 
 Each session holds a chain of 16 ops behind an IOBinding, so that calling it costs little. The
-sessions of one row run alternately; a figure is the median of the rounds.
+sessions of one row run alternately; a figure is the median of the rounds. "Of copy" is the rate at
+which tensors of 4 MiB and more are read and written, relative to numpy's copy of one in the same
+turns.
 
     python tests/bench/rowkernels.py [--rows 1,16] [--hidden 768] [--ops Gelu] [--rounds 9]
 """
@@ -14,6 +16,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +28,7 @@ from fusenorm import ops
 from fusenorm.lower import Target, build_library
 
 CHAIN = 16
+LARGE = 4 << 20
 OPSET = 23
 
 
@@ -46,6 +50,13 @@ class Case:
     standard: str
     contrib: str | None
     skip: bool = False
+
+    @property
+    def tensors(self) -> int:
+        """Tensors of rows an op reads and writes."""
+        spec = ops.parse(self.op_type)
+        assert spec is not None
+        return sum(slot.layout == "row" for slot in (*spec.inputs, *spec.outputs))
 
     @property
     def vectors(self) -> tuple[str, ...]:
@@ -170,8 +181,8 @@ def measure(
 ) -> list[str]:
     """The table's lines."""
     lines = [
-        "| op | rows x hidden | ours µs/op | standard / ours | contrib / ours |",
-        "| --- | --- | --- | --- | --- |",
+        "| op | rows x hidden | ours µs/op | standard / ours | contrib / ours | of copy |",
+        "| --- | --- | --- | --- | --- | --- |",
     ]
     chosen = tuple(cases)
     with tempfile.TemporaryDirectory() as folder:
@@ -186,14 +197,29 @@ def measure(
                         session(model(case, node, count, width), library, count, width)
                         for node in nodes
                     ]
-                    ours, *others = alternate(runs, rounds)
+                    source = np.ones((count, width), np.float32)
+                    target = np.empty_like(source)
+                    runs.append(partial(np.copyto, target, source))
+                    ours, *others, copy = alternate(runs, rounds)
                     ratios = [f"{other / ours:.2f}" for other in others]
                     ratios += ["-"] * (2 - len(ratios))
+                    of_copy = case.tensors / 2 * copy / (ours / CHAIN)
+                    ratios.append(f"{of_copy:.2f}" if source.nbytes >= LARGE else "-")
                     lines.append(
                         f"| {case.name} | {count} x {width} | {1e6 * ours / CHAIN:.2f} | "
                         + " | ".join(ratios)
                         + " |"
                     )
+    for case in chosen:
+        cells = [line.split(" | ") for line in lines if line.startswith(f"| {case.name} |")]
+        for name, place in (("standard nodes", 3), ("contrib op", 4)):
+            ratios = [float(cell[place]) for cell in cells if cell[place] != "-"]
+            if ratios:
+                mean = statistics.geometric_mean(ratios)
+                lines.append(
+                    f"\n{case.name}, {name}: least {min(ratios):.2f}, geometric mean {mean:.2f}, "
+                    f"most {max(ratios):.2f}"
+                )
     return lines
 
 

@@ -146,7 +146,7 @@ typedef struct {
   const char* attribute[MAX_ATTRIBUTES];
 } Op;
 
-/* OPS[], OP_COUNT, KNOWN_ATTRIBUTES[], LEVEL, X86_LEVEL, HAS_CUDA */
+/* OPS[], OP_COUNT, KNOWN_ATTRIBUTES[], LEVEL, X86_LEVEL, LANES, HAS_CUDA */
 #include "fusenorm_table.h"
 
 #if HAS_CUDA
@@ -803,4 +803,14 @@ __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(OrtSessionOp
     return create_status(ORT_FAIL, "the fusenorm library needs onnxruntime 1.17 or newer");
   }
   return status != NULL ? status : AddCustomOpDomain(options, shared);
+}
+
+/* For callers of the kernels alone: f32 in a vector, which the height of a LINEAR's tile follows. */
+__attribute__((visibility("default"))) int __tvm_ffi_fusenorm_lanes(void* self,
+                                                                    const Argument* arguments,
+                                                                    int32_t count,
+                                                                    Argument* result) {
+  (void)self, (void)arguments, (void)count;
+  *result = (Argument){ARGUMENT_INT, 0, {.integer = LANES}};
+  return 0;
 }

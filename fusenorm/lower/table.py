@@ -27,6 +27,7 @@ def table(places: Sequence[tuple[OpSpec, Device]], target: Target) -> str:
         f"{declarations}\n"
         f'#define LEVEL "{target.level}"\n'
         f"#define X86_LEVEL {x86}\n"
+        f"#define LANES {LANES[target.level]}\n"
         f"#define HAS_CUDA {int(any(device == 'cuda' for _, device in places))}\n"
         f"enum {{ OP_COUNT = {len(places)}, KEY_BLOCK = {KEYS} }};\n"
         f"static const char* const KNOWN_ATTRIBUTES[] = {{{strays}}};\n"

@@ -81,12 +81,12 @@ class Linear(OpSpec):
 
     @classmethod
     def variants(cls) -> Iterator[Self]:
-        dtypes: tuple[DType, ...] = ("f32", "f16", "f64")
+        dtypes: tuple[DType, ...] = ("f32", "f16", "bf16", "f64")
         for name, gated, bias, dtype in itertools.product(
             ACTIVATIONS, (False, True), (False, True), dtypes
         ):
             yield cls(name, gated, bias, dtype)
-            if dtype == "f16" and name != "identity":
+            if dtype in ("f16", "bf16") and name != "identity":
                 yield cls(name, gated, bias, dtype, "storage")
             if name == "identity" and not gated:
                 for maps in range(2, MOST_MAPS + 1):

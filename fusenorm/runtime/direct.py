@@ -2,6 +2,7 @@
 
 >>> kernels = open_library("fusenorm_ops.so")  # doctest: +SKIP
 >>> y, s = kernels["SkipRMSNorm"](x, skip, scale, epsilon=1e-5)  # doctest: +SKIP
+>>> z = kernels["Linear_gelu_bias_bf16"](x, pack(weight), bias)  # doctest: +SKIP
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import dataclasses
 import math
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,14 @@ import tvm_ffi
 
 from fusenorm.errors import BadInput
 from fusenorm.kernels import symbols
-from fusenorm.ops import DTYPES, OpSpec, Slot, parse
+from fusenorm.kernels.registers import Tile
+from fusenorm.ops import DTYPES, Linear, OpSpec, Slot, parse
+from fusenorm.ops.linear import PANEL
 from fusenorm.runtime.sealed import sealed_file
 
 _DLPACK_NAMES = {"f16": "float16", "bf16": "bfloat16", "f32": "float32"}
+# Bytes of x laid out at a time: each such part of the rows reads all of a weight.
+_BLOCK = 1 << 21
 
 
 def open_library(path: str | os.PathLike[str]) -> Kernels:
@@ -66,7 +71,7 @@ class Kernels:
         self.path = path
         self._module = module
 
-    def __getitem__(self, op_type: str) -> Op:
+    def __getitem__(self, op_type: str) -> Op | LinearOp:
         """The op.
 
         Raises:
@@ -76,6 +81,9 @@ class Kernels:
         if spec is None:
             raise KeyError(f"no fused op is called {op_type}")
         functions = [self.function(name) for name in symbols(spec)]
+        if isinstance(spec, Linear):
+            lanes = self.function("fusenorm_lanes")()
+            return LinearOp(spec, Tile.of(spec, int(lanes)).rows, *functions)
         return Op(spec, functions[0], functions[-1])
 
     def function(self, symbol: str) -> Callable[..., object]:
@@ -119,14 +127,7 @@ class Op:
             TypeError: the number of inputs, an attribute or a dtype is wrong.
             ValueError: a shape is wrong, or an input is not contiguous or not on the CPU.
         """
-        if len(inputs) != len(self.spec.inputs):
-            names = ", ".join(slot.name for slot in self.spec.inputs)
-            raise TypeError(f"{self.spec.op_type} takes {names}; {len(inputs)} inputs were given")
-        if set(attributes) != set(self.spec.attributes):
-            wanted = ", ".join(self.spec.attributes) or "none"
-            raise TypeError(f"{self.spec.op_type} takes these attributes, all of them: {wanted}")
-        named = list(zip(self.spec.inputs, inputs, strict=True))
-        arrays = {slot.name: _array(slot, value) for slot, value in named}
+        arrays = _arrays(self.spec, inputs, attributes)
         shape = self._shape(arrays)
         outputs = self.spec.outputs if with_sum else self.spec.outputs[:1]
         results = [np.empty(shape, DTYPES[slot.dtype].numpy) for slot in outputs]
@@ -135,8 +136,8 @@ class Op:
         if rows and columns:
             function = self._kernel if with_sum else self._without_sum
             function(
-                *(_flat(slot, arrays[slot.name], rows) for slot in self.spec.inputs),
-                *(_flat(slot, result, rows) for slot, result in zip(outputs, results, strict=True)),
+                *(_by_row(slot, arrays[slot.name], rows) for slot in self.spec.inputs),
+                *(_by_row(slot, y, rows) for slot, y in zip(outputs, results, strict=True)),
                 0,
                 rows,
                 *(float(attributes[name]) for name in self.spec.attributes),
@@ -159,6 +160,109 @@ class Op:
                 got = list(arrays[slot.name].shape)
                 raise ValueError(f"'{slot.name}' is {got}: it must be {list(wanted)}")
         return shape
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearOp:
+    """A fused op of linear maps, called like an `Op`, on one thread.
+
+    Attributes:
+        spec: its declaration.
+        height: rows of its kernel's tile.
+    """
+
+    spec: Linear
+    height: int
+    _multiply: Callable[..., object]
+    _lay_out: Callable[..., object]
+
+    def __call__(self, *inputs: Any, **attributes: float) -> np.ndarray | tuple[np.ndarray, ...]:
+        """Compute the op.
+
+        Args:
+            inputs: x [..., K], then for each map its weight as panels (fusenorm.ops.linear.pack,
+                for a gated unit pack_gated) and its biases [N].
+            attributes: every float attribute of the op.
+
+        Returns:
+            The output, or an output for each of several maps; numpy arrays [..., N].
+
+        Raises:
+            TypeError: the number of inputs, an attribute or a dtype is wrong.
+            ValueError: a shape is wrong, or an input is not contiguous or not on the CPU.
+        """
+        arrays = _arrays(self.spec, inputs, attributes)
+        first, *slots = self.spec.inputs
+        x = arrays[first.name]
+        if not x.ndim:
+            raise ValueError(f"'{first.name}' is a scalar: it needs a last axis")
+        *leading, inner = x.shape
+        each = len(slots) // self.spec.maps
+        maps = [slots[at : at + each] for at in range(0, len(slots), each)]
+        columns = [self._columns(own, arrays, inner) for own in maps]
+        dtype = DTYPES[self.spec.dtype].numpy
+        results = tuple(np.empty((*leading, width), dtype) for width in columns)
+        rows = math.prod(leading)
+        if rows:
+            numbers = [float(attributes[name]) for name in self.spec.attributes]
+            reads = [[_bits(slot, arrays[slot.name]) for slot in own] for own in maps]
+            made = zip(self.spec.outputs, results, strict=True)
+            outputs = [_by_row(slot, y, rows) for slot, y in made]
+            self._compute(_by_row(first, x, rows), reads, outputs, numbers)
+        return results if self.spec.maps > 1 else results[0]
+
+    def _columns(self, slots: Sequence[Slot], arrays: Mapping[str, np.ndarray], inner: int) -> int:
+        """N of a map, after checking what it reads: its weight, then biases."""
+        parts = 2 if self.spec.gated else 1
+        weight, *vectors = (arrays[slot.name] for slot in slots)
+        if weight.ndim != 3 or weight.shape[1:] != (inner, PANEL) or weight.shape[0] % parts:
+            panels = "even" if self.spec.gated else "any"
+            raise ValueError(
+                f"'{slots[0].name}' is {list(weight.shape)}: "
+                f"it must be [{panels}, {inner}, {PANEL}]"
+            )
+        columns = weight.shape[0] // parts * PANEL
+        for slot, vector in zip(slots[1:], vectors, strict=True):
+            if vector.shape != (columns,):
+                got = list(vector.shape)
+                raise ValueError(f"'{slot.name}' is {got}: it must be [{columns}]")
+        return columns
+
+    def _compute(
+        self,
+        x: np.ndarray,
+        reads: Sequence[Sequence[np.ndarray]],
+        outputs: Sequence[np.ndarray],
+        numbers: Sequence[float],
+    ) -> None:
+        """Lay out the rows of x, a block at a time, and multiply them with each map's weight."""
+        rows, inner = x.shape
+        height = math.ceil(rows / math.ceil(rows / self.height))
+        if height > 1:
+            height += height % 2
+        block = height * max(1, _BLOCK // (4 * (inner + 1) * height))
+        tiles = np.empty((min(block, rows) + 1) * inner, np.float32)
+        for begin in range(0, rows, block):
+            part = slice(begin, min(begin + block, rows))
+            count = part.stop - begin
+            self._lay_out(x[part], tiles, height, 0, count)
+            for own, y in zip(reads, outputs, strict=True):
+                panels = y.shape[1] // PANEL
+                self._multiply(tiles, *own, y[part], height, 0, count, 0, panels, *numbers)
+
+
+def _arrays(
+    spec: OpSpec, inputs: Sequence[Any], attributes: Mapping[str, float]
+) -> dict[str, np.ndarray]:
+    """The inputs by name, after checking that nothing is missing."""
+    if len(inputs) != len(spec.inputs):
+        names = ", ".join(slot.name for slot in spec.inputs)
+        raise TypeError(f"{spec.op_type} takes {names}; {len(inputs)} inputs were given")
+    if set(attributes) != set(spec.attributes):
+        wanted = ", ".join(spec.attributes) or "none"
+        raise TypeError(f"{spec.op_type} takes these attributes, all of them: {wanted}")
+    named = zip(spec.inputs, inputs, strict=True)
+    return {slot.name: _array(slot, value) for slot, value in named}
 
 
 def _array(slot: Slot, value: Any) -> np.ndarray:
@@ -191,9 +295,15 @@ def _over(address: int, count: int, dtype: np.dtype) -> np.ndarray:
     return np.frombuffer(memoryview(memory), dtype)
 
 
-def _flat(slot: Slot, array: np.ndarray, rows: int) -> np.ndarray:
-    """[rows, width] or the vector, as the kernel takes it: writable, and bf16 as its bits."""
-    dtype = np.dtype(np.uint16) if slot.dtype == "bf16" else array.dtype
-    view = array if array.flags.writeable else _over(array.ctypes.data, array.size, array.dtype)
-    bits = view.reshape(-1).view(dtype)
+def _by_row(slot: Slot, array: np.ndarray, rows: int) -> np.ndarray:
+    """[rows, width] or the vector, as a kernel takes it."""
+    bits = _bits(slot, array)
     return bits if slot.layout == "vector" else bits.reshape(rows, -1)
+
+
+def _bits(slot: Slot, array: np.ndarray) -> np.ndarray:
+    """`array` as a kernel takes it: writable, and bf16 as its bits."""
+    dtype = np.dtype(np.uint16) if slot.dtype == "bf16" else array.dtype
+    if not array.flags.writeable:
+        array = _over(array.ctypes.data, array.size, array.dtype).reshape(array.shape)
+    return array.view(dtype)

@@ -1,14 +1,16 @@
 """Linear kernels against onnxruntime's MatMul and the machine's own limits, one thread.
 
-python -m tests.bench.linear [--rows 1,4,16,128,512] [--shapes 768x3072,3072x768]
+python -m tests.bench.linear [--rows 1,4,16,128,512] [--shapes 768x3072,3072x768] [--types bf16]
 
 Every product has its own weight, as in a model, so that one row reads weights from memory. The
-limits are measured in the same run: multiply-adds in registers, and a sum over 256 MiB.
+limits are measured in the same run: multiply-adds in registers, and a sum over 256 MiB. Of bf16
+onnxruntime has no product: its kernels are called directly, beside those of f32 and torch.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -25,13 +27,16 @@ from fusenorm.kernels import cpu
 from fusenorm.kernels.mathfn import Lanes
 from fusenorm.kernels.rows import function
 from fusenorm.lower import Target, build_library
-from fusenorm.ops import DOMAIN, DTYPES, Linear
+from fusenorm.ops import DOMAIN, DTYPES, DType, Linear
 from fusenorm.ops.linear import pack
+from fusenorm.runtime.direct import open_library
 
 CHAINS = 24
 STEPS = 1 << 20
 BYTES = 1 << 28
 WEIGHTS = 1 << 27
+SIDES = ("ours", "onnxruntime")
+BF16_SIDES = ("ours", "ours in f32", "torch")
 
 
 def limits() -> tuple[float, float]:
@@ -124,58 +129,95 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", default="1,2,4,16,128,512")
     parser.add_argument("--shapes", default="768x768,768x3072,3072x768,2048x2048,4096x4096")
-    parser.add_argument("--types", default="f32,f16")
+    parser.add_argument("--types", default="f32,f16,bf16")
     parser.add_argument("--seconds", type=float, default=3.0)
     chosen = parser.parse_args()
     flops, bandwidth = limits()
-    print(f"{flops / 1e9:.0f} GFLOP/s in registers, {bandwidth / 1e9:.1f} GB/s read from memory\n")
-    print("| type | rows | K x N | ours us | onnxruntime us | ratio | of peak | of bandwidth |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    print(f"{flops / 1e9:.0f} GFLOP/s in registers, {bandwidth / 1e9:.1f} GB/s read from memory")
+    types = chosen.types.split(",")
+    cells = [
+        (rows, *(int(size) for size in shape.split("x")))
+        for shape in chosen.shapes.split(",")
+        for rows in (int(count) for count in chosen.rows.split(","))
+    ]
     with tempfile.TemporaryDirectory() as scratch:
         library = Path(scratch, "linear.so")
-        build_library([Linear(), Linear(dtype="f16")], Target.host(), library)
-        for dtype in chosen.types.split(","):
-            for shape in chosen.shapes.split(","):
-                inner, columns = (int(size) for size in shape.split("x"))
-                for rows in (int(count) for count in chosen.rows.split(",")):
-                    print(_line(dtype, rows, inner, columns, library, flops, bandwidth, chosen))
+        build_library([Linear(), *(Linear(dtype=dtype) for dtype in types)], Target.host(), library)
+        for dtype in types:
+            names = BF16_SIDES if dtype == "bf16" else SIDES
+            heads = [f"{name} us" for name in names] + [f"{name} / ours" for name in names[1:]]
+            titles = ["type", "rows", "K x N", *heads, "of peak", "of bandwidth"]
+            print(f"\n| {' | '.join(titles)} |\n|{' --- |' * len(titles)}")
+            for rows, inner, columns in cells:
+                print(_line(dtype, rows, inner, columns, library, flops, bandwidth, chosen.seconds))
 
 
 def _line(
-    dtype: str,
+    dtype: DType,
     rows: int,
     inner: int,
     columns: int,
     library: Path,
     flops: float,
     bandwidth: float,
-    chosen: argparse.Namespace,
+    seconds: float,
 ) -> str:
-    kind = DTYPES[dtype].numpy  # type: ignore[index]
+    kind = DTYPES[dtype].numpy
     size = inner * columns * kind.itemsize
     random = np.random.default_rng(0)
-    count = max(2, WEIGHTS // size)
     weights = {
         f"w{index}": random.standard_normal((inner, columns), np.float32).astype(kind)
-        for index in range(count)
+        for index in range(max(2, WEIGHTS // size))
     }
     x = random.standard_normal((rows, inner), np.float32).astype(kind)
+    make = _called if dtype == "bf16" else _served
+    times = {
+        name: float(np.median(taken)) / len(weights)
+        for name, taken in measure(make(x, weights, library), seconds).items()
+    }
+    ours, *others = times.values()
+    cells = [dtype, f"{rows}", f"{inner} x {columns}"]
+    cells += [f"{1e6 * time:.0f}" for time in times.values()]
+    cells += [f"{other / ours:.2f}" for other in others]
+    cells.append(f"{2 * rows * inner * columns / ours / flops:.2f}")
+    return f"| {' | '.join((*cells, f'{size / ours / bandwidth:.2f}'))} |"
+
+
+def _served(
+    x: np.ndarray, weights: Mapping[str, np.ndarray], library: Path
+) -> dict[str, Callable[[], object]]:
+    """The sides inside onnxruntime."""
     sides = {}
-    for name, held in (("ours", library), ("onnxruntime", None)):
+    for name, held in zip(SIDES, (library, None), strict=True):
         running = session(weights, held)
         binding = running.io_binding()
         binding.bind_cpu_input("x", x)
         for output in running.get_outputs():
             binding.bind_output(output.name)
-        sides[name] = lambda running=running, binding=binding: running.run_with_iobinding(binding)
-    times = {name: float(np.median(taken)) / count for name, taken in
-             measure(sides, chosen.seconds).items()}  # fmt: skip
-    ours, theirs = times["ours"], times["onnxruntime"]
-    return (
-        f"| {dtype} | {rows} | {inner} x {columns} | {1e6 * ours:.0f} | {1e6 * theirs:.0f} "
-        f"| {theirs / ours:.2f} | {2 * rows * inner * columns / ours / flops:.2f} "
-        f"| {size / ours / bandwidth:.2f} |"
+        sides[name] = functools.partial(running.run_with_iobinding, binding)
+    return sides
+
+
+def _called(
+    x: np.ndarray, weights: Mapping[str, np.ndarray], library: Path
+) -> dict[str, Callable[[], object]]:
+    """The sides without onnxruntime."""
+    import torch
+
+    torch.set_num_threads(1)
+    kernels = open_library(library)
+    packed = [pack(array) for array in weights.values()]
+    wide = [array.astype(np.float32) for array in packed]
+    # A map's weight is [N, K] in torch.
+    plain = [torch.from_numpy(array.T.astype(np.float32)).bfloat16() for array in weights.values()]
+    rows = torch.from_numpy(x.astype(np.float32)).bfloat16()
+    bf16, f32 = (kernels[Linear(dtype=dtype).op_type] for dtype in ("bf16", "f32"))
+    calls = (
+        lambda: [bf16(x, weight) for weight in packed],
+        lambda: [f32(x.astype(np.float32), weight) for weight in wide],
+        lambda: [torch.nn.functional.linear(rows, weight) for weight in plain],
     )
+    return dict(zip(BF16_SIDES, calls, strict=True))
 
 
 if __name__ == "__main__":

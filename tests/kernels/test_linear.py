@@ -1,9 +1,15 @@
-"""Linear kernels inside onnxruntime against float64: every tile, tail, level and thread count."""
+"""Linear kernels inside onnxruntime against float64: every tile, tail, level and thread count.
+
+Those of bf16 are called directly: onnxruntime could not run their bodies.
+"""
 
 from __future__ import annotations
 
+import functools
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 import onnxruntime as ort
@@ -15,12 +21,14 @@ from fusenorm.lower import Target, build_library
 from fusenorm.lower.library import compile_module
 from fusenorm.ops import DTYPES, Linear
 from fusenorm.ops.linear import PANEL, unpack
-from tests.kernels.cases import evaluate, pairwise
+from fusenorm.runtime.direct import open_library
+from tests.kernels.cases import evaluate, misaligned, pairwise
 from tests.ops.test_linear_op import BETA, model
 
 pytestmark = pytest.mark.kernel
 
-SPECS = pairwise(spec for spec in Linear.variants() if spec.dtype != "f64")
+Run: TypeAlias = Callable[[dict[str, np.ndarray]], list[np.ndarray]]
+
 SHAPED = [
     Linear(bias=True),
     Linear("gelu"),
@@ -28,7 +36,24 @@ SHAPED = [
     Linear("swish", gated=True, bias=True, dtype="f16"),
     Linear(bias=True, maps=3),
 ]
+IN_BF16 = [
+    Linear("swish", True, True, "bf16", "storage"),
+    Linear(bias=True, dtype="bf16", maps=2),
+]
+SPECS = pairwise(
+    [
+        *(spec for spec in Linear.variants() if spec.dtype in ("f32", "f16")),
+        *IN_BF16,
+        *(spec for spec in Linear.variants() if spec.dtype == "bf16"),
+    ]
+)
 MAPS = [Linear(bias=True, maps=2), Linear(maps=3)]
+SHAPES = [
+    ((2, 3), 1, PANEL), ((1, 1), 768, 96), ((250,), 700, 160), ((3, 33), 64, 1024),
+    ((1,), 2048, 2048), ((60,), 5000, PANEL), ((2000,), 300, 11 * PANEL),
+]  # fmt: skip
+# How many bits are as the body has them: a long sum in f32 meets more ties of f16.
+EQUAL = {"f16": 0.99, "bf16": 0.998}
 LEVELS = [
     level
     for level in ("x86-64-v2", "x86-64-v3", "x86-64-v4", "aarch64")
@@ -56,6 +81,25 @@ def session(spec: Linear, library: Path, threads: int = 1, rank: int = 2) -> ort
     return ort.InferenceSession(model(spec, 18, rank).SerializeToString(), options)
 
 
+def running(spec: Linear, library: Path) -> Run:
+    """The op in onnxruntime, of bf16 called."""
+    if spec.dtype == "bf16":
+        return called(spec, library)
+    return functools.partial(session(spec, library).run, None)
+
+
+def called(spec: Linear, library: Path) -> Run:
+    """The op called without onnxruntime, on arrays aligned to their elements only."""
+    op = open_library(library)[spec.op_type]
+
+    def call(given: dict[str, np.ndarray]) -> list[np.ndarray]:
+        arrays = [misaligned(array) for array in given.values()]
+        made = op(*arrays, **dict.fromkeys(spec.attributes, BETA))
+        return list(made) if isinstance(made, tuple) else [made]
+
+    return call
+
+
 def feeds(spec: Linear, rows: tuple[int, ...], inner: int, columns: int) -> dict[str, np.ndarray]:
     random = np.random.default_rng([inner, columns, *rows])
     panels = columns // PANEL * (2 if spec.gated else 1)
@@ -73,13 +117,13 @@ def feeds(spec: Linear, rows: tuple[int, ...], inner: int, columns: int) -> dict
 
 
 def round_each(spec: Linear, given: dict[str, np.ndarray]) -> tuple[np.ndarray, list[np.ndarray]]:
-    """The op with sums in float64 and a rounding to f16 at every node; y and its factors."""
+    """The op with sums in float64 and a rounding to 16 bits at every node; y and its factors."""
     wide = {name: array.astype(np.float64) for name, array in given.items()}
     panels = [wide["weight"][part::2] for part in (0, 1)] if spec.gated else [wide["weight"]]
     names = ("gate_bias", "up_bias") if spec.gated else ("bias",)
     parts = []
     for part, name in zip(panels, names, strict=True):
-        value = (wide["x"] @ unpack(part)).astype(np.float16)
+        value = (wide["x"] @ unpack(part)).astype(given["x"].dtype)
         parts.append(value + given[name] if spec.bias else value)
     if not spec.gated and spec.activation == "identity":
         return parts[0], parts
@@ -104,19 +148,19 @@ def check_one(spec: Linear, given: dict[str, np.ndarray], made: np.ndarray) -> N
     the factors' sizes per rounding point, and nearly all bits equal.
     """
     steep = spec.activation == "relu2"
-    if spec.dtype == "f16":
+    if spec.dtype in EQUAL:
         rounded, parts = round_each(spec, given)
         assert (made.shape, made.dtype) == (rounded.shape, rounded.dtype)
         sizes = [np.maximum(np.abs(part.astype(np.float64)), 1.0) for part in parts]
         scale = np.prod(sizes, axis=0) * (2 * sizes[0] if steep else 1.0)
         points = 2 + 2 * spec.gated + 6 * (spec.precision == "storage")
         error = np.abs(made.astype(np.float64) - rounded)
-        assert np.all(error <= points * scale * 2.0**-10)
+        assert np.all(error <= points * scale * DTYPES[spec.dtype].epsilon)
         # In GELU's tail 1 + erf cancels, and long sums meet ties: the last bits are those of f32.
         if given["x"].shape[-1] > 64:
             return
         plain = np.abs(rounded) > 2.0**-6
-        assert np.mean(made[plain] == rounded[plain]) >= 0.99
+        assert np.mean(made[plain] == rounded[plain]) >= EQUAL[spec.dtype]
         return
     (want,) = spec.reference(given, dict.fromkeys(spec.attributes, BETA))
     assert made.shape == want.shape
@@ -128,37 +172,51 @@ def check_one(spec: Linear, given: dict[str, np.ndarray], made: np.ndarray) -> N
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.op_type)
 def test_every_op_and_row_count(spec: Linear, library: Path) -> None:
-    run = session(spec, library)
+    run = running(spec, library)
     for rows in (1, 2, 3, 4, 5, 6, 7, 8, 9, 17):
         given = feeds(spec, (rows,), 33, 2 * PANEL)
-        check(spec, given, run.run(None, given))
+        check(spec, given, run(given))
 
 
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("spec", SHAPED, ids=lambda spec: spec.op_type)
 def test_shapes_and_threads(spec: Linear, library: Path, threads: int) -> None:
-    for rows, inner, columns in [
-        ((2, 3), 1, PANEL), ((1, 1), 768, 96), ((250,), 700, 160), ((3, 33), 64, 1024),
-        ((1,), 2048, 2048), ((60,), 5000, PANEL), ((2000,), 300, 11 * PANEL),
-    ]:  # fmt: skip
+    for rows, inner, columns in SHAPES:
         given = feeds(spec, rows, inner, columns)
         run = session(spec, library, threads, len(rows) + 1)
         check(spec, given, run.run(None, given))
+
+
+@pytest.mark.parametrize("spec", [SHAPED[0], SHAPED[3], *IN_BF16], ids=lambda spec: spec.op_type)
+def test_shapes_called_directly(spec: Linear, library: Path) -> None:
+    run = called(spec, library)
+    for rows, inner, columns in SHAPES:
+        given = feeds(spec, rows, inner, columns)
+        made = run(given)
+        if spec.dtype == "bf16":
+            check(spec, given, made)
+        else:
+            wanted = session(spec, library, rank=len(rows) + 1).run(None, given)
+            assert all(map(np.array_equal, made, wanted))
 
 
 def test_no_rows(library: Path) -> None:
     spec = Linear("relu", bias=True)
     given = feeds(spec, (0, 3), 8, PANEL)
     assert session(spec, library, rank=3).run(None, given)[0].shape == (0, 3, PANEL)
+    for op in (spec, *IN_BF16):
+        given = feeds(op, (0, 3), 8, PANEL)
+        assert called(op, library)(given)[0].shape == (0, 3, PANEL)
 
 
 def test_nan_and_infinity_travel(library: Path) -> None:
-    for spec in (Linear(), *SHAPED[:-1]):
+    for spec in (Linear(), *SHAPED[:-1], *IN_BF16):
         given = feeds(spec, (9,), 8, PANEL)
         given["x"][3, 2] = np.nan
-        (made,) = session(spec, library).run(None, given)
-        assert np.isnan(made[3]).all()
-        assert np.isfinite(np.delete(made, 3, axis=0)).all()
+        run = running(spec, library)
+        for made in run(given):
+            assert np.isnan(made[3]).all()
+            assert np.isfinite(np.delete(made, 3, axis=0)).all()
 
 
 @pytest.mark.parametrize(

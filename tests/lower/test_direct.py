@@ -13,17 +13,23 @@ import torch
 
 from fusenorm.errors import BadInput
 from fusenorm.lower import Target, build_library
-from fusenorm.ops import Gated, Norm
+from fusenorm.ops import Gated, Linear, Norm
+from fusenorm.ops.linear import PANEL, pack
 from fusenorm.runtime.direct import Kernels, open_library
 
 X = np.ones((2, 3, 8), np.float32)
 V = np.ones(8, np.float32)
+W = np.ones((2, 8, PANEL), np.float32)
+B = np.ones(PANEL, np.float32)
 
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("direct") / "ops.so"
-    specs = [Norm(skip=True), Norm(dtype="bf16", scale="bf16"), Gated("swish", "gate_up")]
+    specs = [
+        *(Norm(skip=True), Norm(dtype="bf16", scale="bf16"), Gated("swish", "gate_up")),
+        *(Linear("relu", gated=True, bias=True), Linear(dtype="bf16", maps=2)),
+    ]
     build_library(specs, Target.host(), path)
     return path
 
@@ -56,6 +62,20 @@ def test_read_only_and_torch_inputs(kernels: Kernels) -> None:
 
 
 @pytest.mark.kernel
+def test_linear_ops_take_packed_weights(kernels: Kernels) -> None:
+    made = kernels["LinearGLU_relu_bias"](X, W, B, -9 * B)
+    assert made.shape == (2, 3, PANEL)
+    assert np.array_equal(np.unique(made), [-9])
+    x, weight = torch.randn(5, 40).bfloat16(), torch.randn(40, 3 * PANEL).bfloat16()
+    panels = torch.stack(weight.split(PANEL, dim=1))
+    assert np.array_equal(panels.float().numpy(), pack(weight.float().numpy()))
+    one, other = kernels["Linear_2maps_bf16"](x, panels, panels[1:])
+    assert (str(one.dtype), one.shape, other.shape) == ("bfloat16", (5, 96), (5, 64))
+    assert np.array_equal(one[:, PANEL:], other)
+    assert np.allclose(one.astype(np.float32), (x.float() @ weight.float()).numpy(), 1e-2, 1e-3)
+
+
+@pytest.mark.kernel
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
@@ -78,6 +98,14 @@ def test_read_only_and_torch_inputs(kernels: Kernels) -> None:
         ),
         (lambda k: k["SkipRMSNorm"](V[0], X, V, epsilon=1), TypeError, "'x' is float32"),
         (lambda k: k["GLU_swish_gate_up"](X[..., :7].copy(), beta=1), ValueError, "two halves"),
+        (lambda k: k["LinearGLU_relu_bias"](X, W, B), TypeError, "takes x, weight, gate_bias, up_"),
+        (lambda k: k["LinearGLU_relu_bias"](X, W, B, B, a=1), TypeError, "all of them: none"),
+        (lambda k: k["LinearGLU_relu_bias"](np.ones((), "f4"), W, B, B), ValueError, "a scalar"),
+        (lambda k: k["LinearGLU_relu_bias"](X, W[:1], B, B), ValueError, "be .even, 8, 32."),
+        (lambda k: k["LinearGLU_relu_bias"](X, W[:, :7].copy(), B, B), ValueError, "'weight' is"),
+        (lambda k: k["LinearGLU_relu_bias"](X, W[0], B, B), ValueError, "'weight' is .8, 32"),
+        (lambda k: k["LinearGLU_relu_bias"](X, W, B, B[:9]), ValueError, "'up_bias' is .9"),
+        (lambda k: k["Linear_2maps_bf16"](X, W, W), TypeError, "'x' is float32"),
         (lambda k: k["RMSNorm"], KeyError, "no kernel fusenorm_RMSNorm"),
         (lambda k: k["Nothing"], KeyError, "no fused op is called Nothing"),
     ],

@@ -75,12 +75,14 @@ def test_packing_loses_nothing() -> None:
 @pytest.mark.parametrize("opset", [12, 13, 17, 18, 23])
 def test_bodies_are_valid_and_compute_the_reference(opset: int) -> None:
     for spec in SPECS:
+        if spec.dtype == "bf16" and opset < 13:
+            continue  # ONNX has no Transpose of bf16 there
         proto = model(spec, opset)
         onnx.checker.check_model(proto, full_check=True)
         given = feeds(spec)
         made = ReferenceEvaluator(proto).run(None, given)
         numbers = dict.fromkeys(spec.attributes, BETA)
-        bound = {"f64": 1e-7, "f32": 4e-6, "f16": 4e-3}[spec.dtype]
+        bound = {"f64": 1e-7, "f32": 4e-6, "f16": 4e-3, "bf16": 3e-2}[spec.dtype]
         for got, want in zip(made, spec.reference(given, numbers), strict=True):
             assert np.abs(got - want).max() <= bound * np.abs(want).max(), spec.op_type
 
@@ -91,7 +93,7 @@ def test_bodies_change_only_with_their_version() -> None:
     for spec, opset in itertools.product(SPECS, (12, 13, 18)):
         digest.update(spec.function_text(opset).encode())
     assert Linear.VERSION == 1
-    assert digest.hexdigest()[:16] == "8cbf8294db57f0d7", (
+    assert digest.hexdigest()[:16] == "3bf3788f25ec415d", (
         "a body changed: raise VERSION of its family"
     )
 

@@ -14,7 +14,7 @@ import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import tvm_ffi
@@ -82,8 +82,8 @@ class Kernels:
             raise KeyError(f"no fused op is called {op_type}")
         functions = [self.function(name) for name in symbols(spec)]
         if isinstance(spec, Linear):
-            lanes = self.function("fusenorm_lanes")()
-            return LinearOp(spec, Tile.of(spec, int(lanes)).rows, *functions)
+            lanes = cast(int, self.function("fusenorm_lanes")())
+            return LinearOp(spec, Tile.of(spec, lanes).rows, *functions)
         return Op(spec, functions[0], functions[-1])
 
     def function(self, symbol: str) -> Callable[..., object]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ml_dtypes
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -194,6 +195,7 @@ CONSTANTS = {
     "b": B,
     "wt": np.ascontiguousarray(W.T),
     "half": W.astype(np.float16),
+    "brain": W.astype(ml_dtypes.bfloat16),
     "wide": W.astype(np.float64),
     "odd": rows(8, 96),
     "batch": rows(2, 8, 64),
@@ -213,6 +215,7 @@ CONSTANTS = {
         (None, "y = MatMul (x, batch)", PLAIN),
         (None, "y = MatMul (x, w)", PLAIN + ", float[8,128] w"),
         ("Linear_f16", "y = MatMul (x, half)", PLAIN.replace("float", "float16")),
+        ("types", "y = MatMul (x, brain)", PLAIN.replace("float", "bfloat16")),
         ("types", "y = MatMul (x, wide)", PLAIN.replace("float", "double")),
         # what is added
         ("Linear_bias", "h = MatMul (x, w)\n y = Add (h, b)", PLAIN),

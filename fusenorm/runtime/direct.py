@@ -22,7 +22,7 @@ import tvm_ffi
 from fusenorm.errors import BadInput
 from fusenorm.kernels import symbols
 from fusenorm.kernels.registers import Tile
-from fusenorm.ops import DTYPES, Linear, OpSpec, Slot, parse
+from fusenorm.ops import DTYPES, Attention, Linear, OpSpec, Slot, parse
 from fusenorm.ops.linear import PANEL
 from fusenorm.runtime.sealed import sealed_file
 
@@ -75,11 +75,14 @@ class Kernels:
         """The op.
 
         Raises:
-            KeyError: no such op is declared, or the library was built without it.
+            KeyError: no such op is declared, the library was built without it, or it is an
+                Attention, which takes a host's threads and memory.
         """
         spec = parse(op_type)
         if spec is None:
             raise KeyError(f"no fused op is called {op_type}")
+        if isinstance(spec, Attention):
+            raise KeyError(f"{op_type} can be called through onnxruntime only")
         functions = [self.function(name) for name in symbols(spec)]
         if isinstance(spec, Linear):
             lanes = cast(int, self.function("fusenorm_lanes")())

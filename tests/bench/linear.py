@@ -3,7 +3,7 @@
 python -m tests.bench.linear [--rows 1,4,16,128,512] [--shapes 768x3072,3072x768] [--types bf16]
 
 Every product has its own weight, as in a model, so that one row reads weights from memory. The
-limits are measured in the same run: multiply-adds in registers, and a sum over 256 MiB. Of bf16
+limits are measured in the same turns: multiply-adds in registers, and a sum over 256 MiB. Of bf16
 onnxruntime has no product: its kernels are called directly, beside those of f32 and torch.
 """
 
@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import functools
 import tempfile
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -31,18 +30,20 @@ from fusenorm.ops import DOMAIN, DTYPES, DType, Linear
 from fusenorm.ops.linear import pack
 from fusenorm.runtime.direct import open_library
 
+LANES = Lanes({"x86-64-v4": 16, "x86-64-v3": 8}.get(Target.host().level, 4))
 CHAINS = 24
 STEPS = 1 << 20
+FLOPS = 2 * CHAINS * LANES.count * STEPS
 BYTES = 1 << 28
 WEIGHTS = 1 << 27
 SIDES = ("ours", "onnxruntime")
 BF16_SIDES = ("ours", "ours in f32", "torch")
+PEAK, MEMORY = "GFLOP/s in registers", "GB/s from memory"
 
 
-def limits() -> tuple[float, float]:
-    """flop/s of multiply-adds in registers, and bytes/s of a sum over memory."""
-    lanes = Lanes({"x86-64-v4": 16, "x86-64-v3": 8}.get(Target.host().level, 4))
-    width = lanes.count
+def limits() -> dict[str, Callable[[], object]]:
+    """FLOPS of multiply-adds in registers, and a sum over BYTES of memory."""
+    width = LANES.count
 
     def multiply(y: Any, count: Any) -> None:
         cells = T.alloc_buffer((CHAINS * width,), "float32")
@@ -60,7 +61,7 @@ def limits() -> tuple[float, float]:
         cells = T.alloc_buffer((8 * width,), "float32")
         places = [T.ramp(part * width, 1, width) for part in range(8)]
         for place in places:
-            T.buffer_store(cells, lanes.f32(0.0), [place])
+            T.buffer_store(cells, LANES.f32(0.0), [place])
         with T.serial(count // (8 * width)) as block:
             for part, place in enumerate(places):
                 read = y[T.ramp((block * 8 + part) * width, 1, width)]
@@ -76,17 +77,10 @@ def limits() -> tuple[float, float]:
         made[name] = builder.get()
     module = cpu.compile_functions(made, Target.host().tvm)
     few, many = np.zeros(1024, np.float32), np.ones(BYTES // 4, np.float32)
-    flops = 2 * CHAINS * width * STEPS / _best(lambda: module["multiply"](few, STEPS))
-    return flops, BYTES / _best(lambda: module["add"](many, many.size))
-
-
-def _best(call: Callable[[], object]) -> float:
-    times = []
-    for _ in range(15):
-        begun = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - begun)
-    return min(times)
+    return {
+        PEAK: lambda: module["multiply"](few, STEPS),
+        MEMORY: lambda: module["add"](many, many.size),
+    }
 
 
 def session(weights: Mapping[str, np.ndarray], library: Path | None) -> ort.InferenceSession:
@@ -132,8 +126,7 @@ def main() -> None:
     parser.add_argument("--types", default="f32,f16,bf16")
     parser.add_argument("--seconds", type=float, default=3.0)
     chosen = parser.parse_args()
-    flops, bandwidth = limits()
-    print(f"{flops / 1e9:.0f} GFLOP/s in registers, {bandwidth / 1e9:.1f} GB/s read from memory")
+    bounds = limits()
     types = chosen.types.split(",")
     cells = [
         (rows, *(int(size) for size in shape.split("x")))
@@ -146,10 +139,10 @@ def main() -> None:
         for dtype in types:
             names = BF16_SIDES if dtype == "bf16" else SIDES
             heads = [f"{name} us" for name in names] + [f"{name} / ours" for name in names[1:]]
-            titles = ["type", "rows", "K x N", *heads, "of peak", "of bandwidth"]
+            titles = ["type", "rows", "K x N", *heads, PEAK, MEMORY, "of peak", "of bandwidth"]
             print(f"\n| {' | '.join(titles)} |\n|{' --- |' * len(titles)}")
             for rows, inner, columns in cells:
-                print(_line(dtype, rows, inner, columns, library, flops, bandwidth, chosen.seconds))
+                print(_line(dtype, rows, inner, columns, library, bounds, chosen.seconds))
 
 
 def _line(
@@ -158,8 +151,7 @@ def _line(
     inner: int,
     columns: int,
     library: Path,
-    flops: float,
-    bandwidth: float,
+    bounds: Mapping[str, Callable[[], object]],
     seconds: float,
 ) -> str:
     kind = DTYPES[dtype].numpy
@@ -171,14 +163,15 @@ def _line(
     }
     x = random.standard_normal((rows, inner), np.float32).astype(kind)
     make = _called if dtype == "bf16" else _served
-    times = {
-        name: float(np.median(taken)) / len(weights)
-        for name, taken in measure(make(x, weights, library), seconds).items()
-    }
+    taken = measure({**make(x, weights, library), **bounds}, seconds)
+    times = {name: float(np.median(taken[name])) / len(weights) for name in taken}
+    flops = FLOPS / (times.pop(PEAK) * len(weights))
+    bandwidth = BYTES / (times.pop(MEMORY) * len(weights))
     ours, *others = times.values()
     cells = [dtype, f"{rows}", f"{inner} x {columns}"]
     cells += [f"{1e6 * time:.0f}" for time in times.values()]
     cells += [f"{other / ours:.2f}" for other in others]
+    cells += [f"{flops / 1e9:.0f}", f"{bandwidth / 1e9:.1f}"]
     cells.append(f"{2 * rows * inner * columns / ours / flops:.2f}")
     return f"| {' | '.join((*cells, f'{size / ours / bandwidth:.2f}'))} |"
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx
 import onnx_ir as ir
+import onnx_ir.passes.common as common
 
 from fusenorm.errors import BadInput
 from fusenorm.model_io import (
@@ -28,7 +29,13 @@ from fusenorm.model_io import (
     sort_graphs,
 )
 from fusenorm.ops import DOMAIN, DType, OpSpec, parse
-from fusenorm.passes.canonicalize import Canonicalize, Cleanup, NameDomains
+from fusenorm.passes.canonicalize import (
+    Canonicalize,
+    Cleanup,
+    MergeEqual,
+    NameDomains,
+    RemoveUnused,
+)
 from fusenorm.passes.centre_residual import CentreResidual
 from fusenorm.passes.concat_linear import ConcatLinearMaps
 from fusenorm.passes.expose_residual import ExposeResidual
@@ -42,6 +49,7 @@ from fusenorm.passes.fuse_norm import FuseNorm
 from fusenorm.passes.fuse_residual import FuseResidualNorm
 from fusenorm.passes.pattern import node_name
 from fusenorm.passes.rewrite import Check, RewritePass, Rule
+from fusenorm.passes.share_shapes import ShareShapes
 from fusenorm.passes.validate import Validator
 from fusenorm.passes.verify_graph import find_problem, verify_graph
 from fusenorm.report import PassRecord, Report, Site, collect_regions, collect_sites
@@ -51,6 +59,8 @@ if TYPE_CHECKING:
     from fusenorm.lower import LibraryInfo, Target
 
 PLUGINS = "fusenorm.rules"
+# Elements of what may be a shape, an axis or an index.
+SHAPE_SIZE = 8
 Progress = Callable[[str, int, int], None]
 
 
@@ -146,6 +156,10 @@ def passes(options: Options) -> list[ir.passes.PassBase]:
 def lowering_passes(options: Options, check: Check) -> list[ir.passes.PassBase]:
     """What compile does to the graph around the fused ops, in order: regions with contractions."""
     return [
+        ShareShapes(),
+        common.DeduplicateInitializersPass(size_limit=SHAPE_SIZE),
+        MergeEqual(),
+        RemoveUnused(),
         FuseAttentions(check),
         FuseLinearMaps(check),
         *([CentreResidual()] if options.centre_residual else []),

@@ -157,7 +157,8 @@ def _is_linear(node: ir.Node) -> bool:
 
 
 def _is_packed(node: ir.Node) -> bool:
-    return node.domain == DOMAIN and Linear.parse(node.op_type) is not None
+    spec = Linear.parse(node.op_type) if node.domain == DOMAIN else None
+    return spec is not None and spec.maps == 1
 
 
 def _fold(model: ir.Model, norm: _Norm, opset: int) -> Refusal | None:

@@ -367,6 +367,14 @@ def test_a_model_that_is_not_touched_says_so() -> None:
     assert not FoldNorm()(work).modified
 
 
+def test_maps_side_by_side_are_not_folded_into() -> None:
+    """As in a model that is compiled again."""
+    body = LN + "h = MatMul (n, w)\nk = MatMul (n, v)\ny = Max (h, k)"
+    work, _ = lowered(body, options=Options(fold_norm=()))
+    assert kinds(work) == ["Linear_2maps"]
+    assert not FoldNorm()(work).modified
+
+
 def _fold(
     body: str,
     constants: dict[str, np.ndarray],

@@ -98,7 +98,7 @@ CENTRED = {
         EMBED + NORM + "m = Reshape (n, rank2)\np = Gemm (m, w, c)\nsh = Shape (x)\n"
         "f = Reshape (p, sh)\nr = Add (x, f)\n" + LAST,
         ["RMSNorm_bias", "SkipRMSNorm_bias"],
-        ["p", "x"],
+        ["f", "x"],
     ),
     "rows put in front": (
         "a = Gather (table, ids)\nx = Concat <axis: int = 1> (start, a)\n" + NORM + BLOCK + LAST,

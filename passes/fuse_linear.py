@@ -56,12 +56,15 @@ class _Map:
         return array.T if self.transposed else array
 
 
-def _read_map(value: ir.Value | None, *, inside: bool = True) -> _Map | Refusal | None:
+def _read_map(
+    value: ir.Value | None, *, inside: bool = True, reshaped: bool = True
+) -> _Map | Refusal | None:
     """The linear map whose result `value` is; None if it is none.
 
     Args:
         value: the result.
         inside: whether it becomes a value inside the fused op: then nothing else may read it.
+        reshaped: whether there may be Reshapes around its product.
     """
     node = value.producer() if value is not None else None
     if value is None or node is None or node.domain != "":
@@ -72,7 +75,7 @@ def _read_map(value: ir.Value | None, *, inside: bool = True) -> _Map | Refusal 
         for product, bias in (node.inputs, tuple(reversed(node.inputs))):
             # Behind another Add it would have a bias already.
             plain = facts.constant(bias) is not None and facts.made_by(product, "Add") is None
-            found = _read_map(product) if plain else None
+            found = _read_map(product, reshaped=reshaped) if plain else None
             if not isinstance(found, _Map) or found.bias is not None or bias is None:
                 continue
             vector = as_vector(bias, found.shape[1], facts.rank(found.x))
@@ -80,7 +83,7 @@ def _read_map(value: ir.Value | None, *, inside: bool = True) -> _Map | Refusal 
                 return dataclasses.replace(found, bias=vector, nodes=(*found.nodes, node))
         return None
     if node.op_type == "Reshape":
-        return _read_rows(node)
+        return _read_rows(node) if reshaped else None
     if node.op_type not in ("MatMul", "Gemm"):
         return None
     return _read_product(node)
@@ -88,9 +91,9 @@ def _read_map(value: ir.Value | None, *, inside: bool = True) -> _Map | Refusal 
 
 def _read_rows(node: ir.Node) -> _Map | None:
     """The map of x [..., K] that `node` ends: x as [-1, K], its product, and that as [..., N]."""
-    found = _read_map(node.inputs[0])
+    found = _read_map(node.inputs[0], reshaped=False)
     flat = facts.made_by(found.x, "Reshape") if isinstance(found, _Map) else None
-    if not isinstance(found, _Map) or flat is None or found.computed:
+    if not isinstance(found, _Map) or flat is None:
         return None
     (x, rows), (y, target) = flat.inputs, (node.outputs[0], node.inputs[1])
     assert x is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -147,14 +148,21 @@ def bench(
 
 
 def measure(
-    sides: Mapping[str, Callable[[], object]], seconds: float, progress: Progress | None = None
+    sides: Mapping[str, Callable[[], object]],
+    seconds: float,
+    progress: Progress | None = None,
+    *,
+    pause: float = 0.0,
 ) -> dict[str, list[float]]:
     """Time callables in turns, so that a slow moment of the machine meets all of them.
+
+    Each round has an order of its own: what one side leaves behind meets every other one.
 
     Args:
         sides: name to what is timed; each runs three times before.
         seconds: how long to measure, all sides together.
         progress: called with ("measure", done, total) in rounds.
+        pause: seconds before each run, for the threads of the last side to stop spinning.
 
     Returns:
         Name to seconds per call, equally many for each, at least 5.
@@ -165,16 +173,17 @@ def measure(
     for _ in range(2):
         for side in sides.values():
             side()
-    per_round = (time.perf_counter() - started) / 2
+    per_round = (time.perf_counter() - started) / 2 + pause * len(sides)
     rounds = max(5, min(1000, int(seconds / max(per_round, 1e-9))))
     times: dict[str, list[float]] = {name: [] for name in sides}
-    order = list(sides.items())
+    order, shuffle = list(sides.items()), random.Random(0).shuffle
     for number in range(rounds):
+        shuffle(order)
         for name, side in order:
+            time.sleep(pause)
             begun = time.perf_counter()
             side()
             times[name].append(time.perf_counter() - begun)
-        order.append(order.pop(0))
         if progress is not None:
             progress("measure", number + 1, rounds)
     return times

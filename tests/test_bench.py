@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import time
 
 import onnx.parser
 import onnx_ir as ir
@@ -14,12 +16,27 @@ from fusenorm.errors import BadInput
 def test_sides_take_turns() -> None:
     calls: list[str] = []
     seen: list[tuple[str, int, int]] = []
-    sides = {name: (lambda name=name: calls.append(name)) for name in "ab"}
+    sides = {name: (lambda name=name: calls.append(name)) for name in "abc"}
     times = measure(sides, 0.0, lambda *step: seen.append(step))
-    assert [len(taken) for taken in times.values()] == [5, 5]
-    assert calls[:6] == list("ababab")
-    assert calls[6:] == list("abbaabbaab")
+    assert [len(taken) for taken in times.values()] == [5, 5, 5]
+    rounds = ["".join(calls[at : at + 3]) for at in range(0, len(calls), 3)]
+    assert rounds[:3] == ["abc"] * 3
+    assert {"".join(sorted(each)) for each in rounds} == {"abc"}
     assert seen[-1] == ("measure", 5, 5)
+
+
+def test_no_side_always_follows_the_same_one() -> None:
+    calls: list[str] = []
+    measure({name: (lambda name=name: calls.append(name)) for name in "abc"}, 0.0)
+    before = {name: {a for a, b in itertools.pairwise(calls[9:]) if b == name} for name in "abc"}
+    assert all(len(others - {name}) == 2 for name, others in before.items())
+
+
+def test_a_pause_is_not_measured() -> None:
+    begun = time.perf_counter()
+    times = measure({"a": lambda: None}, 0.0, pause=0.02)
+    assert time.perf_counter() - begun >= 5 * 0.02
+    assert max(times["a"]) < 0.02
 
 
 def test_table(folder, fused) -> None:

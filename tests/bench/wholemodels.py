@@ -28,6 +28,8 @@ from fusenorm.errors import BadInput
 from tests.bench.models import ARCHITECTURES, Architecture, export, module
 
 TORCH = "torch.compile"
+# OpenMP's and TBB's threads spin for some milliseconds after a run.
+PAUSE = 0.02
 
 
 def floor(model: Path, rows: int, peak: float, bandwidth: float) -> float:
@@ -152,7 +154,7 @@ def main() -> None:
                 feed = architecture.feed(length)
                 sides = {OURS: lambda session=session, feed=feed: session.run(None, feed)}
                 sides.update(peers(names, architecture, model, feed, threads))
-                times = measure(sides, chosen.seconds)
+                times = measure(sides, chosen.seconds, pause=PAUSE if threads > 1 else 0.0)
                 rows = [Row.of(name, taken, times[OURS]) for name, taken in times.items()]
                 least = 1e3 * floor(model, length, peak * threads, bandwidth)
                 print(_line(architecture.name, length, least, rows, names), flush=True)

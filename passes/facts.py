@@ -222,8 +222,16 @@ def same_shape(a: ir.Value, b: ir.Value) -> bool:
 
 
 def same_leading_dims(a: ir.Value, b: ir.Value) -> bool:
-    """Whether both provably have the same dimensions but for the last."""
-    return a.shape is not None and b.shape is not None and _equal_dims(a.shape[:-1], b.shape[:-1])
+    """Whether both provably have the same dimensions but for the last, in the same order.
+
+    A name that stands twice says nothing of the order, and an output of the model may have been
+    given its names by hand.
+    """
+    if a.shape is None or b.shape is None or not _equal_dims(a.shape[:-1], b.shape[:-1]):
+        return False
+    names = [dim for dim in a.shape[:-1] if isinstance(dim, ir.SymbolicDim)]
+    given = a.is_graph_output() or b.is_graph_output()
+    return len(set(names)) == len(names) and not (names and given)
 
 
 def _equal_dims(a: ir.Shape | Sequence[_Dim], b: ir.Shape | Sequence[_Dim]) -> bool:

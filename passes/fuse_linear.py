@@ -295,7 +295,7 @@ class FuseLinear(Rule):
             inputs=(gate.x, weight, *biases),
             attributes=attributes,
             outputs=(root.outputs[0],),
-            nodes=(*gate.nodes, *up.nodes, root),
+            nodes=tuple(dict.fromkeys((*gate.nodes, *up.nodes, root))),
             computed={**gate.computed, **up.computed},
         )
 

@@ -55,7 +55,28 @@ def _without_weights(model: ir.Model) -> onnx.ModelProto:
         for value in node.outputs:
             if value.type is not None:
                 ir.serde.serialize_value_into(graph.value_info.add(), value)
+                if value.is_graph_output():
+                    _forget_names(graph.value_info[-1])
     return proto
+
+
+def _forget_names(info: onnx.ValueInfoProto) -> None:
+    """Take away what may have been written by hand, for nothing to be concluded from it."""
+    for dim in info.type.tensor_type.shape.dim:
+        if dim.dim_param:
+            dim.Clear()
+
+
+def _as_given(given: ir.Shape | None, found: ir.Shape | None) -> ir.Shape | None:
+    """The shape of an output of the model: what is found, but by the names it was given."""
+    if given is None or found is None or len(given) != len(found):
+        return found
+    return ir.Shape(
+        [
+            b if isinstance(b, int) or (isinstance(a, ir.SymbolicDim) and a.value is None) else a
+            for a, b in zip(given, found, strict=True)
+        ]
+    )
 
 
 class _Types:
@@ -87,6 +108,8 @@ class _Types:
             self.known[key] = shape, ir.serde.deserialize_type_proto_for_type(found)
         shape, kind = self.known[key]
         modified = False
+        if value.is_graph_output():
+            shape = _as_given(value.shape, shape)
         if shape is not None and shape != value.shape:
             value.shape, modified = shape, True
         if kind is not None and kind.dtype != value.dtype:

@@ -42,13 +42,20 @@ class ShareShapes(ir.passes.InPlacePass):
 
 
 def _named_dims(graph: ir.Graph) -> dict[str | None, tuple[ir.Value, int]]:
-    """Where each name of a dimension stands first: an input and its axis."""
+    """Where each name of a dimension stands first: a tensor among the inputs and its axis.
+
+    A name that stands twice there is no name of one size.
+    """
     named: dict[str | None, tuple[ir.Value, int]] = {}
+    twice = set()
     for given in graph.inputs:
-        for axis, dim in enumerate(given.shape or ()):
+        dims = list(given.shape or ()) if isinstance(given.type, ir.TensorType) else []
+        for axis, dim in enumerate(dims):
             if isinstance(dim, ir.SymbolicDim) and dim.value is not None:
                 named.setdefault(dim.value, (given, axis))
-    return named
+                if dims.count(dim) > 1:
+                    twice.add(dim.value)
+    return {name: place for name, place in named.items() if name not in twice}
 
 
 def _dim_read(node: ir.Node) -> tuple[ir.Value, int] | None:

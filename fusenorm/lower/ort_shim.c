@@ -731,7 +731,7 @@ static size_t in_place_1_1(int** inputs, int** outputs) {
   return 1;
 }
 static size_t in_place_2_1(int** inputs, int** outputs) {
-  static int input[] = {1, 0}, output[] = {0, 0};
+  static int input[] = {0, 1}, output[] = {0, 0};
   *inputs = input, *outputs = output;
   return 2;
 }

@@ -120,6 +120,7 @@ def test_gemm(transposed: int) -> None:
 
 ROWS = {
     "w": W,
+    "z": V,
     "b": B,
     "flat": np.array([-1, 8], np.int64),
     "deep": np.array([1, -1, 8], np.int64),
@@ -134,23 +135,29 @@ LEADING = "d = Shape <start: int = 0, end: int = 2> (x)\n t = Concat <axis: int 
 @pytest.mark.parametrize(
     ("body", "kind"),
     [
-        ("r = Reshape (x, flat)\n h = Gemm (r, w, b)\n y = Reshape (h, t)", "Linear_bias"),
-        ("r = Reshape (x, flat)\n h = MatMul (r, w)\n y = Reshape (h, t)", "Linear"),
-        ("r = Reshape (x, deep)\n h = MatMul (r, w)\n y = Reshape (h, t)", "Linear"),
+        ("r = Reshape (x, flat)\n h = Gemm (r, w, b)\n v = Reshape (h, t)", "Linear_bias"),
+        ("r = Reshape (x, flat)\n h = MatMul (r, w)\n v = Reshape (h, t)", "Linear"),
+        ("r = Reshape (x, deep)\n h = MatMul (r, w)\n v = Reshape (h, t)", "Linear"),
         (
-            "r = Reshape (x, flat)\n h = Gemm (r, w, b)\n v = Reshape (h, t)\n y = Relu (v)",
+            "r = Reshape (x, flat)\n h = Gemm (r, w, b)\n u = Reshape (h, t)\n v = Relu (u)",
             "Linear_relu_bias",
         ),
         (
-            "r = Reshape (x, flat)\n h = MatMul (r, w)\n v = Reshape (h, t)\n y = Add (v, b)",
+            "r = Reshape (x, flat)\n h = MatMul (r, w)\n u = Reshape (h, t)\n v = Add (u, b)",
             "Linear_bias",
+        ),
+        (
+            "r = Reshape (x, flat)\n h = MatMul (r, w)\n g = Reshape (h, t)\n k = MatMul (r, z)\n"
+            "u = Reshape (k, t)\n s = Sigmoid (g)\n a = Mul (g, s)\n v = Mul (a, u)",
+            "LinearGLU_swish",
         ),
     ],
 )
 def test_rows_laid_side_by_side_for_the_product(given: str, body: str, kind: str) -> None:
     used = {name: array for name, array in ROWS.items() if f"{name})" in body or f"{name}," in body}
     output = OUT if "b" in given else "float[2,3,128] y"
-    proto = model(LEADING + body, given, output, constants={**used, "wide": ROWS["wide"]})
+    constants = {**used, "wide": ROWS["wide"]}
+    proto = model(f"{LEADING}{body}\n y = Cos (v)", given, output, constants=constants)
     after, regions = lowered(proto)
     assert [site.attributes["kind"] for site in regions] == [kind]
     assert "Reshape" not in {node.op_type for node in after.graph.node}
@@ -170,6 +177,11 @@ def test_rows_laid_side_by_side_for_the_product(given: str, body: str, kind: str
         # Something else reads the rows.
         (LEADING + "r = Reshape (x, flat)\n h = MatMul (r, w)\n v = Reshape (h, t)\n"
          "m = ReduceMax (h)\n y = Add (v, m)", "float[b,s,8] x", OUT),
+        # The names of an output may be anybody's, and a name that stands twice anything's.
+        (LEADING + "r = Reshape (x, flat)\n h = MatMul (r, w)\n y = Reshape (h, t)",
+         "float[b,s,8] x", OUT),
+        (LEADING + "r = Reshape (x, flat)\n h = MatMul (r, w)\n v = Reshape (h, t)\n y = Cos (v)",
+         "float[s,s,8] x", "float[s,s,128] y"),
         # x has other columns than the product reads.
         (LEADING + "r = Reshape (x, flat)\n h = MatMul (r, w)\n y = Reshape (h, t)",
          "float[b,16,4] x", "float[b,16,128] y"),

@@ -87,6 +87,9 @@ def test_one_shape_serves_all() -> None:
          "int64 y, float[b,s,8] t"),
         # read off an input already
         ("d = Shape (x)\n y = Gather (d, i0)", "float[b,s,8] x", "int64 y"),
+        # a name of two sizes
+        ("t = Transpose <perm: ints = [1, 0]> (x)\n d = Shape (t)\n y = Gather (d, i0)",
+         "float[s,s] x", "int64 y"),
         # of numbers
         ("t = Cos (x)\n d = Identity (t)\n y = Gather (d, i0)", "float[b,s] x", "float[s] y"),
     ],
@@ -94,6 +97,31 @@ def test_one_shape_serves_all() -> None:
 def test_what_is_read_elsewhere_stays(body: str, inputs: str, outputs: str) -> None:
     before = len(body.split("\n"))
     assert len(shared(body, inputs, outputs).graph.node) == before
+
+
+def test_nothing_follows_from_the_names_of_an_output() -> None:
+    """A cache declared to be as long as the one before it, which it is longer than."""
+    body = """k = Concat <axis: int = 1> (x, z)\n t = Transpose <perm: ints = [1, 0]> (k)
+        d = Shape (t)\n y = Gather (d, i0)"""
+    after = shared(body, "float[b,past] x, float[b,new] z", "int64 y, float[b,past] k")
+    assert len(after.graph.node) == 4
+    assert [dim.dim_param for dim in after.graph.output[1].type.tensor_type.shape.dim] == [
+        "b",
+        "past",
+    ]
+
+
+def test_an_input_that_is_no_tensor_has_no_sizes() -> None:
+    text = """<ir_version: 8, opset_import: ["" : 18]>
+        g (optional(float[b,s]) o, float[b,s] x) => (int64 y) {
+          t = Cos (x)\n d = Shape (t)\n i = Constant <value_int: int = 1> ()\n y = Gather (d, i)
+        }"""
+    work = ir.from_proto(onnx.parser.parse_model(text))
+    fusenorm.passes.canonicalize.FoldConstants()(work)
+    ir.passes.common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(work)
+    work.graph[0].outputs[0].shape = ir.Shape(["b", "s"])
+    ShareShapes()(work)
+    assert [node.inputs[0].name for node in work.graph if node.op_type == "Shape"] == ["x"]
 
 
 def test_the_first_of_several_inputs_is_read() -> None:

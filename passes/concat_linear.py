@@ -51,8 +51,9 @@ class ConcatLinearMaps(RewritePass):
         modified = False
         for graph in list(model.graphs()):
             # The op stands where the first of its maps stood: the order stays one to run in.
-            for proposal in [*_proposals(graph), *_splits(graph)]:
-                modified |= self.settle(model, proposal, OP, opset)
+            for proposals in (_proposals, _splits):
+                for proposal in list(proposals(graph)):
+                    modified |= self.settle(model, proposal, OP, opset)
         return ir.passes.PassResult(model, modified)
 
 
@@ -111,13 +112,11 @@ def _splits(graph: ir.Graph) -> Iterator[Rewrite]:
         if use is None or others or y.is_graph_output() or use.node.graph is not graph:
             continue
         split = use.node
-        widths = [facts.last_dim(part) for part in split.outputs]
-        whole = 1 < len(widths) <= MOST_MAPS and all(
-            width is not None and width % PANEL == 0 for width in widths
-        )
+        widths = [facts.last_dim(part) or 1 for part in split.outputs]
+        whole = 1 < len(widths) <= MOST_MAPS and not any(width % PANEL for width in widths)
         constant = all(map(facts.is_constant, node.inputs[1:]))
         if facts.splits_columns(split) and whole and constant:
-            yield _split_up(node, spec, split, [int(width or 0) for width in widths])
+            yield _split_up(node, spec, split, widths)
 
 
 def _split_up(node: ir.Node, spec: Linear, split: ir.Node, widths: list[int]) -> Rewrite:

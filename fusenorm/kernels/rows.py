@@ -341,9 +341,11 @@ def prefetch(element: Expr, level: int) -> None:
 
 @contextmanager
 def function(name: str, *, noalias: bool = True) -> Iterator[IRBuilder]:
-    """Args:
-    name: of the function.
-    noalias: whether its tensors never share memory.
+    """Builds one PrimFunc.
+
+    Args:
+        name: its symbol.
+        noalias: whether its tensors never share memory.
     """
     with IRBuilder() as builder, T.prim_func(s_tir=True):
         T.func_name(name)

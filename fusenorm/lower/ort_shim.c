@@ -13,7 +13,8 @@
 
 /* ---- onnxruntime ---- */
 
-enum { ORT_API = 17, ORT_API_IN_PLACE = 18, ORT_API_SHAPE_REFERENCE = 24, ORT_FAIL = 1, ORT_INVALID_ARGUMENT = 2 };
+enum { ORT_API = 17, ORT_API_IN_PLACE = 18, ORT_API_SHAPE_REFERENCE = 24 };
+enum { ORT_FAIL = 1, ORT_INVALID_ARGUMENT = 2 };
 enum { REQUIRED = 0, OPTIONAL = 1 };
 
 typedef struct OrtStatus OrtStatus;

@@ -131,6 +131,7 @@ def test_a_map_between_others_that_reads_one_of_them() -> None:
 
 SPLIT = {
     "w": rows(8, 192),
+    "z": rows(8, 64),
     "b": rows(192),
     "cube": rows(1, 1, 192),
     "sizes": np.array([32, 64, 96]),
@@ -200,6 +201,12 @@ def test_columns_that_stay_together(body: str, outputs: str) -> None:
     kinds = split(f"h = MatMul (x, w)\n {body}", outputs)
     assert "Split" in kinds
     assert "Linear_3maps" not in kinds
+
+
+def test_a_map_beside_others_is_not_split_up_as_well() -> None:
+    body = """h = MatMul (x, w)\n q, k, v = Split <axis: int = -1> (h, sizes)\n o = MatMul (x, z)"""
+    outputs = "float[b,s,32] q, float[b,s,64] k, float[b,s,96] v, float[b,s,64] o"
+    assert split(body, outputs) == ["Linear_2maps", "Split"]
 
 
 def test_maps_in_two_graphs_stay_apart() -> None:

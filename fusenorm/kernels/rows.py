@@ -21,6 +21,9 @@ from fusenorm.kernels.program import Reduction, RowProgram, row_program, symbols
 from fusenorm.ops import DTYPES, DType, OpSpec, Slot
 
 _ACCUMULATORS = 4
+# Registers an elementwise program sees as one vector: its chain of operations is longer than what a
+# core looks ahead.
+_SIDE_BY_SIDE = 4
 # Bytes of y from which a call is taken for part of an op whose tensors no cache holds: the ops
 # library makes up to 64 calls of an op, none as large unless y has 16 MiB or one row is as large.
 _LARGE = 256 << 10
@@ -354,7 +357,7 @@ def function(name: str, *, noalias: bool = True) -> Iterator[IRBuilder]:
 
 
 def _flat(program: RowProgram, name: str, outputs: tuple[Slot, ...], lanes: int) -> Any:
-    emitter = Emitter(program, outputs, Lanes(lanes))
+    emitter = Emitter(program, outputs, Lanes(lanes * _SIDE_BY_SIDE))
     with function(name, noalias=False) as builder:
         rows, columns = T.int64(), T.int64()
         begin, end = emitter.arguments(lambda slot: (rows, columns))

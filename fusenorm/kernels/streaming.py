@@ -15,6 +15,7 @@ from fusenorm.kernels.mathfn import Expr, Lanes
 from fusenorm.ops import DTYPES, DType
 
 _LLVM: dict[DType, str] = {"f16": "half", "bf16": "i16", "f32": "float"}
+_LINE = 64
 _ADDRESS, _FENCE = "fusenorm_address", "fusenorm_fence"
 
 
@@ -36,7 +37,7 @@ define linkonce_odr void @{_FENCE}() alwaysinline {{
         vector = f"<{lanes.count} x {_LLVM[dtype]}>"
         text += f"""
 define linkonce_odr void @{_name(lanes, dtype)}(ptr %at, {vector} %value) alwaysinline {{
-  store {vector} %value, ptr %at, align {size(lanes, dtype)}, !nontemporal !0
+  store {vector} %value, ptr %at, align {alignment(lanes, dtype)}, !nontemporal !0
   ret void
 }}
 """
@@ -44,14 +45,14 @@ define linkonce_odr void @{_name(lanes, dtype)}(ptr %at, {vector} %value) always
         yield
 
 
-def size(lanes: Lanes, dtype: DType) -> int:
-    """Bytes of a vector."""
-    return lanes.count * DTYPES[dtype].numpy.itemsize
+def alignment(lanes: Lanes, dtype: DType) -> int:
+    """Bytes: the size of a vector, or of a cache line."""
+    return min(_LINE, lanes.count * DTYPES[dtype].numpy.itemsize)
 
 
 def aligned(lanes: Lanes, dtype: DType, element: Expr) -> Expr:
-    """Whether a vector may be stored here: at a multiple of its size."""
-    return _address(element) % T.int64(size(lanes, dtype)) == T.int64(0)
+    """Whether a vector may be stored here."""
+    return _address(element) % T.int64(alignment(lanes, dtype)) == T.int64(0)
 
 
 def apart(element: Expr, other: Expr) -> Expr:

@@ -6,7 +6,7 @@
    the panels pass by: each block reads all of the weight. */
 
 /* Fewer rows than BOUND_ROWS take no less time: weights must come from memory. */
-enum { PANEL = 32, BLOCK_BYTES = 1 << 21, LINEAR_TASK = 1 << 20, LAYOUT_TASK = 1 << 15, BOUND_ROWS = 8 };
+enum { PANEL = 32, BLOCK_BYTES = 1 << 23, LINEAR_TASK = 1 << 20, LAYOUT_TASK = 1 << 15, BOUND_ROWS = 8 };
 
 typedef struct {
   const State* state;

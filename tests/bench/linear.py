@@ -3,8 +3,9 @@
 python -m tests.bench.linear [--rows 1,4,16,128,512] [--shapes 768x3072,3072x768] [--types bf16]
 
 Every product has its own weight, as in a model, so that one row reads weights from memory; all
-write the same y, as a model uses the memory of activations again. The limits are measured in the same turns: multiply-adds in registers, and a sum over 256 MiB. Of bf16
-onnxruntime has no product: its kernels are called directly, beside those of f32 and torch.
+write the same y, as a model uses the memory of activations again. The limits are measured in the
+same turns: multiply-adds in registers, and a sum over 256 MiB. Of bf16 onnxruntime has no product:
+its kernels are called directly, beside those of f32 and torch.
 """
 
 from __future__ import annotations

@@ -6,12 +6,14 @@ import dataclasses
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 import transformers
 from torch.export import Dim
+
+Dtype = Literal["f32", "f16"]
 
 LAYERS = 6
 WORDS = 8000
@@ -44,11 +46,12 @@ class Architecture:
         """Sequence lengths it is measured at; an image has its own."""
         return (197,) if self.image else (1, 16, 128, 512)
 
-    def feed(self, length: int) -> dict[str, np.ndarray]:
-        """One input of `length` tokens, or one image: {"x": int64[1, length] or f32[1, 3, ...]}."""
+    def feed(self, length: int, dtype: Dtype = "f32") -> dict[str, np.ndarray]:
+        """One input: {"x": int64[1, length]}, or an image {"x": [1, 3, 224, 224]} of the dtype."""
         random = np.random.default_rng(length)
         if self.image:
-            return {"x": random.standard_normal((1, 3, 224, 224)).astype(np.float32)}
+            image = random.standard_normal((1, 3, 224, 224))
+            return {"x": image.astype(np.float16 if dtype == "f16" else np.float32)}
         return {"x": random.integers(0, WORDS, (1, length))}
 
 
@@ -103,34 +106,36 @@ class _Hidden(torch.nn.Module):
         return self.model(**named).last_hidden_state
 
 
-def module(architecture: Architecture) -> torch.nn.Module:
+def module(architecture: Architecture, dtype: Dtype = "f32") -> torch.nn.Module:
     """The model with weights of seed 0."""
     torch.manual_seed(0)
-    return _Hidden(architecture.make().eval(), architecture.image).eval()
+    made = _Hidden(architecture.make().eval(), architecture.image).eval()
+    return made.half() if dtype == "f16" else made
 
 
-def export(architecture: Architecture, folder: Path) -> Path:
+def export(architecture: Architecture, folder: Path, dtype: Dtype = "f32") -> Path:
     """The model as ONNX, opset 18, dynamic batch and length; made once."""
-    path = folder / f"{architecture.name}.onnx"
+    path = folder / f"{architecture.name}{'' if dtype == 'f32' else '_f16'}.onnx"
     if path.exists():
         return path
     folder.mkdir(parents=True, exist_ok=True)
-    example = torch.from_numpy(architecture.feed(16)["x"]).repeat(
+    example = torch.from_numpy(architecture.feed(16, dtype)["x"]).repeat(
         2, *([1] * (3 if architecture.image else 1))
     )
+    made = module(architecture, dtype)
     axes = {0: Dim("batch", max=64)} | ({} if architecture.image else {1: Dim("seq", max=512)})
     fresh = path.with_suffix(".tmp")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             torch.onnx.export(
-                module(architecture), (example,), str(fresh), dynamic_shapes={"x": axes},
+                made, (example,), str(fresh), dynamic_shapes={"x": axes},
                 input_names=["x"], opset_version=18, external_data=False, verbose=False,
                 dynamo=True,
             )  # fmt: skip
         except torch.onnx.OnnxExporterError:  # T5's attention views a transposed tensor
             torch.onnx.export(
-                module(architecture), (example,), str(fresh), dynamo=False, opset_version=17,
+                made, (example,), str(fresh), dynamo=False, opset_version=17,
                 input_names=["x"], dynamic_axes={"x": {0: "batch", 1: "seq"}},
             )  # fmt: skip
     fresh.replace(path)

@@ -1,9 +1,10 @@
 """Whole models: ours against every peer, alternated in one process.
 
 python -m tests.bench [--models bert,llama] [--lengths 1,128] [--threads 1,2] [--against ...]
+                      [--type f16]
 
 `make bench` builds the environment with the peers and runs it. Prints Markdown; --plot FILE.svg
-draws it.
+draws it. Of f16 models a side is the same model in f32, compiled by us.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,9 +27,10 @@ import torch
 import fusenorm
 from fusenorm.bench import AGAINST, OURS, Row, measure, side
 from fusenorm.errors import BadInput
-from tests.bench.models import ARCHITECTURES, Architecture, export, module
+from tests.bench.models import ARCHITECTURES, Architecture, Dtype, export, module
 
 TORCH = "torch.compile"
+WIDE = "fusenorm in f32"
 # OpenMP's and TBB's threads spin for some milliseconds after a run.
 PAUSE = 0.02
 
@@ -42,11 +45,15 @@ def floor(model: Path, rows: int, peak: float, bandwidth: float) -> float:
         bandwidth: bytes/s.
     """
     graph = onnx.load(model).graph
-    sizes = {tensor.name: math.prod(tensor.dims) for tensor in graph.initializer}
-    weights = sum(
-        sizes.get(node.input[1], 0) for node in graph.node if node.op_type in ("MatMul", "Gemm")
+    held = {tensor.name: tensor for tensor in graph.initializer}
+    read = [node.input[1] for node in graph.node if node.op_type in ("MatMul", "Gemm")]
+    weights = [held[name] for name in read if name in held]
+    flops = 2 * rows * sum(math.prod(tensor.dims) for tensor in weights)
+    size = sum(
+        math.prod(tensor.dims) * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+        for tensor in weights
     )
-    return max(2 * rows * weights / peak, 4 * weights / bandwidth)
+    return max(flops / peak, size / bandwidth)
 
 
 def peak_flops() -> float:
@@ -75,12 +82,13 @@ def peers(
     model: Path,
     feed: Mapping[str, np.ndarray],
     threads: int,
+    dtype: Dtype,
 ) -> Iterator[tuple[str, Callable[[], object]]]:
     """The sides that can run the model; what cannot is told on stderr."""
     for name in names:
         try:
             if name == TORCH:
-                yield name, _torch(architecture, feed, threads)
+                yield name, _torch(architecture, feed, threads, dtype)
             else:
                 yield name, side(name, model, feed, threads)
         except BadInput as error:
@@ -88,11 +96,11 @@ def peers(
 
 
 def _torch(
-    architecture: Architecture, feed: Mapping[str, np.ndarray], threads: int
+    architecture: Architecture, feed: Mapping[str, np.ndarray], threads: int, dtype: Dtype
 ) -> Callable[[], object]:
     torch.set_num_threads(threads)
     torch._dynamo.reset()
-    compiled = torch.compile(module(architecture), mode="default")
+    compiled = torch.compile(module(architecture, dtype), mode="default")
     x = torch.from_numpy(feed["x"])
 
     def run() -> object:
@@ -127,12 +135,14 @@ def main() -> None:
     parser.add_argument("--lengths", default="1,16,128,512")
     parser.add_argument("--threads", default="1,2")
     parser.add_argument("--against", default=",".join((*AGAINST, TORCH)))
-    parser.add_argument("--seconds", type=float, default=6.0, help="per row of the table")
+    parser.add_argument("--type", choices=("f32", "f16"), default="f32")
+    parser.add_argument("--seconds", type=float, default=15.0, help="per row of the table")
     parser.add_argument("--folder", type=Path, default=Path("build/bench"))
     parser.add_argument("--plot", type=Path)
     chosen = parser.parse_args()
     lengths = [int(length) for length in chosen.lengths.split(",")]
-    names = chosen.against.split(",")
+    against = chosen.against.split(",")
+    names = against if chosen.type == "f32" else [WIDE, *against]
     peak, bandwidth = peak_flops(), read_bandwidth()
     print(
         f"f32 peak {peak / 1e9:.0f} GFLOP/s, read bandwidth {bandwidth / 1e9:.1f} GB/s (1 thread)"
@@ -146,14 +156,19 @@ def main() -> None:
         for architecture in ARCHITECTURES:
             if architecture.name not in chosen.models.split(","):
                 continue
-            model = export(architecture, chosen.folder)
+            model = export(architecture, chosen.folder, chosen.type)
             session = ours(model, threads)
+            wide = None
+            if chosen.type != "f32":
+                wide = ours(export(architecture, chosen.folder), threads)
             for length in architecture.lengths:
                 if length not in lengths and not architecture.image:
                     continue
-                feed = architecture.feed(length)
-                sides = {OURS: lambda session=session, feed=feed: session.run(None, feed)}
-                sides.update(peers(names, architecture, model, feed, threads))
+                feed = architecture.feed(length, chosen.type)
+                sides = {OURS: partial(session.run, None, feed)}
+                if wide is not None:
+                    sides[WIDE] = partial(wide.run, None, architecture.feed(length))
+                sides.update(peers(against, architecture, model, feed, threads, chosen.type))
                 times = measure(sides, chosen.seconds, pause=PAUSE if threads > 1 else 0.0)
                 rows = [Row.of(name, taken, times[OURS]) for name, taken in times.items()]
                 least = 1e3 * floor(model, length, peak * threads, bandwidth)
@@ -161,7 +176,7 @@ def main() -> None:
                 table.append((f"{architecture.name} {length}", threads, rows))
                 for row in rows[1:]:
                     worst.setdefault(row.name, []).append(row.relative)
-                worst.setdefault("best peer", []).append(min(row.relative for row in rows[1:]))
+                worst.setdefault("best peer", []).append(_best(rows))
         print()
         for name, ratios in worst.items():
             mean = math.exp(statistics.fmean(math.log(ratio) for ratio in ratios))
@@ -177,8 +192,12 @@ def _line(name: str, length: int, least: float, rows: list[Row], names: list[str
         f"{_cell(found[peer])} {found[peer].relative:.2f}" if peer in found else "-"
         for peer in names
     ]
-    best = min(row.relative for row in rows[1:])
-    return f"| {name} | {length} | {least:.1f} | {' | '.join(cells)} | **{best:.2f}** |"
+    return f"| {name} | {length} | {least:.1f} | {' | '.join(cells)} | **{_best(rows):.2f}** |"
+
+
+def _best(rows: list[Row]) -> float:
+    """The best peer's time over ours."""
+    return min(row.relative for row in rows if row.name not in (OURS, WIDE))
 
 
 def _cell(row: Row) -> str:

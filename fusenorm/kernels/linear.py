@@ -21,7 +21,8 @@ from fusenorm.ops import DTYPES, Linear, Slot
 from fusenorm.ops.linear import PANEL
 
 # Bytes of a panel fetched ahead of their use: the hardware's own prefetching stops at each page.
-_AHEAD, _LINE = 8192, 64
+# Few rows wait for memory: what is still far off is kept from taking the first cache's own buffers.
+_AHEAD, _FAR, _NEAR, _LINE = 8192, 16384, 2048, 64
 _POINT = 16  # bits behind the binary point
 # Tiles that share the fetching of the next panel.
 _SHARES = 4
@@ -155,6 +156,7 @@ def _accumulate(
     """Products of a tile of `rows` rows with the tile's columns, left in `sums`."""
     lanes, per_row = Lanes(tile.lanes), tile.vectors * tile.parts
     size = DTYPES[spec.dtype].numpy.itemsize
+    several = 2 * rows > tile.rows  # as many as one of several tiles has
     totals = lanes.zeros(rows * per_row)
     with T.serial(weight.shape[1]) as k:
         weights = []
@@ -162,9 +164,11 @@ def _accumulate(
         for part in range(tile.parts):
             panel = place.panel * tile.parts + part
             for column in range(0, tile.width, _LINE // size):
-                later = k + _AHEAD // (PANEL * size)
-                prefetch(weight[panel, later, place.offset + column], 1)
-            if 2 * rows > tile.rows:  # as many as one of several tiles has
+                ahead = {1: _AHEAD} if several else {2: _FAR, 1: _NEAR}
+                for level, count in ahead.items():
+                    later = k + count // (PANEL * size)
+                    prefetch(weight[panel, later, place.offset + column], level)
+            if several:
                 prefetch(weight[panel, T.int64(0), line * (_LINE // size)], 2)
             for vector in range(tile.vectors):
                 column = T.ramp(place.offset + vector * tile.lanes, 1, tile.lanes)

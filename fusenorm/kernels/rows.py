@@ -27,6 +27,10 @@ _SIDE_BY_SIDE = 4
 # Bytes of y from which a call is taken for part of an op whose tensors no cache holds: the ops
 # library makes up to 64 calls of an op, none as large unless y has 16 MiB or one row is as large.
 _LARGE = 256 << 10
+# Bytes of the first cache that rows and vectors may take.
+_NEAR = 32 << 10
+# Bytes of an elementwise input read ahead of their use, and of a cache line.
+_AHEAD, _LINE = 4096, 64
 # bf16 travels as its bits: TIR's own bf16 turns NaN into zero when it rounds.
 BUFFER: dict[DType, str] = {"f16": "float16", "bf16": "uint16", "f32": "float32"}
 _SCALAR = Lanes(1)
@@ -277,6 +281,13 @@ class Emitter:
         else:
             T.evaluate(T.masked_store(buffer, stored, *index, block.mask()))
 
+    def fetch_ahead(self, block: Block) -> None:
+        """Have what lies some way behind the elements of a block read."""
+        for slot in self.program.inputs:
+            size = DTYPES[slot.dtype].numpy.itemsize
+            for at in range(0, block.lanes.count, _LINE // size):
+                prefetch(self.buffers[slot.name][block.at + (at + _AHEAD // size)], level=1)
+
     def each_size(self, begin: Expr, end: Expr, emit: Callable[[Self], None]) -> None:
         """`emit` twice: for rows (or elements of flat programs) [begin, end) so large that they are
         stored past the caches, and for others and those that lie where an input does.
@@ -369,6 +380,7 @@ def _flat(program: RowProgram, name: str, outputs: tuple[Slot, ...], lanes: int)
 
         def emit(inner: Emitter) -> None:
             def body(block: Block, part: int) -> None:
+                inner.fetch_ahead(block)
                 memo: dict[str, Expr] = {}
                 for slot in outputs:
                     inner.store(block, slot.name, inner.element(block, slot.name, memo))
@@ -390,7 +402,7 @@ def _rows(program: RowProgram, name: str, outputs: tuple[Slot, ...], lanes: int)
 
         def emit(inner: _RowEmitter) -> None:
             with T.serial(begin, end) as row:
-                inner.row(row)
+                inner.row(row, end)
 
         emitter.each_size(begin, end, emit)
     return builder.get()
@@ -407,7 +419,8 @@ class _RowEmitter(Emitter):
             for reduction in level
         }
 
-    def row(self, row: Expr) -> None:
+    def row(self, row: Expr, end: Expr) -> None:
+        """One row, while parts of the next one are read."""
         self.spread(set(self.scalars))
         early = self._early()
         for level in self.program.levels:
@@ -417,10 +430,12 @@ class _RowEmitter(Emitter):
             self.uniform("row")
             self.spread(set(self.scalars))
         late = [slot.name for slot in self.outputs if slot.name not in self.resident]
+        zero = T.int64(0)
+        near = T.And(self._short(), row + 1 < end)
+        following = row + 1 if self.streaming else T.bind(row + T.Select(near, T.int64(1), zero))
 
         def body(block: Block, part: int) -> None:
-            if self.streaming:
-                self._fetch(row + 1, block)
+            self._fetch(following, block)
             memo: dict[str, Expr] = {}
             values = {name: self.element(block, name, memo) for name in late}
             for name, value in values.items():
@@ -428,11 +443,19 @@ class _RowEmitter(Emitter):
 
         self.sweep(row, T.int64(0), self.columns(), 1, body)
 
+    def _short(self) -> Expr:
+        """Whether two rows of the inputs fit the first cache, beside the vectors."""
+        sizes = {"row": 2, "vector": 1, "packed": 4}
+        inputs = self.program.inputs
+        size = sum(sizes[slot.layout] * DTYPES[slot.dtype].numpy.itemsize for slot in inputs)
+        return self.columns() <= _NEAR // size
+
     def _fetch(self, row: Expr, block: Block) -> None:
         """Have the same columns of another row read."""
         for slot in self.program.inputs:
             if slot.layout == "row":
-                prefetch(self.buffers[slot.name][row, block.at], level=2)
+                level = 2 if self.streaming else 1
+                prefetch(self.buffers[slot.name][row, block.at], level)
 
     def _early(self) -> dict[str, str]:
         """Values the first pass stores, later passes load, and where: s in s, else s in y.

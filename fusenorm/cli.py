@@ -106,6 +106,9 @@ NoConcat = Annotated[
 CentreResidual = Annotated[
     bool, typer.Option("--centre-residual", help="Make LayerNorms of a pre-norm model RMSNorms.")
 ]
+AddResidual = Annotated[
+    bool, typer.Option("--add-residual", help="Add residuals in the linear maps in front of them.")
+]
 
 
 def main() -> None:
@@ -175,6 +178,7 @@ def optimize(
     no_fold_norm: NoFoldNorm = False,
     no_concat_linear: NoConcat = False,
     centre_residual: CentreResidual = False,
+    add_residual: AddResidual = False,
     no_bench: Annotated[bool, typer.Option("--no-bench", help="Measure no latency.")] = False,
     no_tune: NoTune = False,
     inputs: Inputs = None,
@@ -187,7 +191,9 @@ def optimize(
     """Fuse, check, compile and save a model; report every site and the latency."""
     from fusenorm import pipeline
 
-    options = _options(no_fold_batch_norm, no_fold_norm, no_concat_linear, centre_residual, limit)
+    options = _options(
+        no_fold_batch_norm, no_fold_norm, no_concat_linear, centre_residual, add_residual, limit
+    )
     if ray is not None:
         if emit != "artifact" or options != pipeline.DEFAULTS or inputs is not None or dim:
             raise BadInput(
@@ -350,6 +356,7 @@ def compile(
     no_fold_norm: NoFoldNorm = False,
     no_concat_linear: NoConcat = False,
     centre_residual: CentreResidual = False,
+    add_residual: AddResidual = False,
     no_tune: NoTune = False,
     as_json: AsJson = False,
     debug: Debug = False,
@@ -358,7 +365,9 @@ def compile(
     from fusenorm import pipeline
 
     destination = output or Path(f"{model.stem}.fnorm")
-    options = _options(no_fold_batch_norm, no_fold_norm, no_concat_linear, centre_residual)
+    options = _options(
+        no_fold_batch_norm, no_fold_norm, no_concat_linear, centre_residual, add_residual
+    )
     with _progress(as_json) as step:
         artifact = pipeline.compile(
             model, target=target or "cpu", tune=not no_tune, options=options, progress=step
@@ -599,6 +608,7 @@ def _options(
     no_fold_norm: bool,
     no_concat_linear: bool,
     centre_residual: bool,
+    add_residual: bool,
     limit: int | None = None,
 ) -> Options:
     from fusenorm.pipeline import DEFAULTS
@@ -610,6 +620,7 @@ def _options(
         fold_norm=() if no_fold_norm else DEFAULTS.fold_norm,
         concat_linear=not no_concat_linear,
         centre_residual=centre_residual,
+        add_residual=add_residual,
     )
 
 

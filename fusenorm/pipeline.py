@@ -29,6 +29,7 @@ from fusenorm.model_io import (
     sort_graphs,
 )
 from fusenorm.ops import DOMAIN, DType, OpSpec, parse
+from fusenorm.passes.add_residual import AddResidual
 from fusenorm.passes.canonicalize import (
     Canonicalize,
     Cleanup,
@@ -79,6 +80,8 @@ class Options:
         fold_norm: the types of packed weights compile may fold a norm's scale and bias into; as
             above.
         concat_linear: compile makes one op of linear maps of one input (queries, keys, values).
+        add_residual: compile makes a residual sum the last step of the linear map in front of it.
+            Off by default: no measurement told it from the sum in the norm (see AddResidual).
     """
 
     validate: bool = True
@@ -88,6 +91,7 @@ class Options:
     centre_residual: bool = False
     fold_norm: tuple[DType, ...] = ("f32",)
     concat_linear: bool = True
+    add_residual: bool = False
 
 
 DEFAULTS = Options()
@@ -165,6 +169,7 @@ def lowering_passes(options: Options, check: Check) -> list[ir.passes.PassBase]:
         *([CentreResidual()] if options.centre_residual else []),
         FoldNorm(options.fold_norm),
         *([ConcatLinearMaps(check)] if options.concat_linear else []),
+        *([AddResidual(check)] if options.add_residual else []),
         Cleanup(),
     ]
 

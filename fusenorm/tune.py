@@ -118,14 +118,23 @@ def share(problem: Problem, library: Path) -> float:
     random = np.random.default_rng(0)
     ratios = []
     for rows in ROWS:
-        x = random.standard_normal((rows, problem.panels[0][1])).astype(DTYPES[spec.dtype].numpy)
+        feed = {
+            name: random.standard_normal((rows, width)).astype(DTYPES[spec.dtype].numpy)
+            for name, width in _widths(spec, problem).items()
+        }
         sides = {
-            OURS: lambda x=x: ours.run(None, {"x": x}),
-            "onnxruntime": lambda x=x: plain.run(None, {"x": x}),
+            OURS: lambda feed=feed: ours.run(None, feed),
+            "onnxruntime": lambda feed=feed: plain.run(None, feed),
         }
         times = measure(sides, SECONDS)
         ratios.append(min(times["onnxruntime"]) / min(times[OURS]))
     return math.exp(sum(map(math.log, ratios)) / len(ratios))
+
+
+def _widths(spec: Linear, problem: Problem) -> dict[str, int]:
+    """The last axis of each of its rows."""
+    panels, inner, _ = problem.panels[0]
+    return {"x": inner} | ({"residual": panels * PANEL} if spec.residual else {})
 
 
 def _model(spec: Linear, problem: Problem) -> onnx.ModelProto:
@@ -157,8 +166,11 @@ def _model(spec: Linear, problem: Problem) -> onnx.ModelProto:
         node.attribute.extend(onnx.helper.make_attribute(name, 1.0) for name in spec.attributes)
         nodes.append(node)
         outputs += [info(name, int(dtype.onnx), None) for name in made]
-    x = info("x", int(dtype.onnx), ["rows", problem.panels[0][1]])
-    graph = onnx.helper.make_graph(nodes, "ops", [x], outputs, held)
+    given = [
+        info(name, int(dtype.onnx), ["rows", width])
+        for name, width in _widths(spec, problem).items()
+    ]
+    graph = onnx.helper.make_graph(nodes, "ops", given, outputs, held)
     return onnx.helper.make_model(
         graph,
         functions=[spec.function(OPSET)],

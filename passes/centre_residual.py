@@ -283,7 +283,7 @@ def _centred_map(node: ir.Node | None) -> Rewrite | None:
     if node is None or node.domain != DOMAIN:
         return None
     spec = Linear.parse(node.op_type)
-    if spec is None or spec != Linear(bias=spec.bias, dtype=spec.dtype):
+    if spec is None or not spec.plain:
         return None
     x, weight, *biases = (value for value in node.inputs if value is not None)
     stored = weight.const_value

@@ -53,7 +53,7 @@ class ConcatLinearMaps(RewritePass):
             # The op stands where the first of its maps stood: the order stays one to run in.
             for proposals in (_proposals, _splits):
                 for proposal in list(proposals(graph)):
-                    modified |= self.settle(model, proposal, OP, opset)
+                    modified |= self.settle(model, proposal, OP, opset) is not None
         return ir.passes.PassResult(model, modified)
 
 
@@ -69,17 +69,12 @@ def _proposals(graph: ir.Graph) -> Iterator[Rewrite | Miss]:
     for x, alike in readers.items():
         count = sum(map(len, alike.values()))
         for spec, nodes in alike.items():
-            if _is_plain(spec) and len(nodes) > 1:
+            if spec.plain and len(nodes) > 1:
                 yield from (_side_by_side(x, spec, part) for part in _dealt_out(nodes))
             elif count > 1:
                 detail = f"the {count} maps of {x.name} end differently, or in an activation"
                 for node in nodes:
                     yield Miss((node,), Refusal("unlike", node_name(node), detail))
-
-
-def _is_plain(spec: Linear) -> bool:
-    """Whether it is one map that ends in its product or bias."""
-    return spec == Linear(bias=spec.bias, dtype=spec.dtype)
 
 
 def _dealt_out(nodes: list[ir.Node]) -> Iterator[list[ir.Node]]:
@@ -105,7 +100,7 @@ def _splits(graph: ir.Graph) -> Iterator[Rewrite]:
     """What becomes of the Linear ops of a graph whose columns a Split deals out."""
     for node in graph:
         spec = Linear.parse(node.op_type)
-        if spec is None or node.domain != DOMAIN or not _is_plain(spec):
+        if spec is None or node.domain != DOMAIN or not spec.plain:
             continue
         y = node.outputs[0]
         (use, *others) = y.uses() or (None,)

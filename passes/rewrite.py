@@ -175,23 +175,28 @@ class RewritePass(ir.passes.InPlacePass):
             if root_key(node.domain, node.op_type) not in rule.roots or self.budget[0] <= 0:
                 continue
             proposal = rule.propose(node)
-            if proposal is not None and self.settle(model, proposal, rule.op, opset):
+            if proposal is not None and self.settle(model, proposal, rule.op, opset) is not None:
                 return True
         return False
 
-    def settle(self, model: ir.Model, proposal: Rewrite | Miss, op: str, opset: int) -> bool:
-        """Apply a proposal that passes the check; keep any other for the report, as one of `op`."""
+    def settle(
+        self, model: ir.Model, proposal: Rewrite | Miss, op: str, opset: int
+    ) -> ir.Node | None:
+        """Apply a proposal that passes the check; keep any other for the report, as one of `op`.
+
+        Returns:
+            The fused node, if it was made.
+        """
         if isinstance(proposal, Rewrite):
             refusal = _refused(proposal, opset) or (
                 self.check(proposal, opset) if self.check else None
             )
             if refusal is None:
                 self.budget[0] -= 1
-                apply(model, proposal, opset)
-                return True
+                return apply(model, proposal, opset)
             proposal = Miss(proposal.nodes, refusal)
         remember(proposal, op)
-        return False
+        return None
 
 
 def _refused(rewrite: Rewrite, opset: int) -> Refusal | None:

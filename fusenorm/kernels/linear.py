@@ -36,19 +36,19 @@ def functions(spec: Linear, lanes: int) -> list[Any]:
 
     Both see the M rows in tiles of `height` rows, which is 1 or even and at most `Tile.rows`; the
     last tile may have fewer rows, of an odd number its last one twice. The first multiplies: tiles
-    f32 [(M + 1)·K], weight [P, K, PANEL], the biases [N], y [M, N], int64 height, first and last
-    row, first and last panel of y, then the attributes as float32. The second makes the tiles:
-    x [M, K], tiles, height, first and last row. First rows are those of a tile.
+    f32 [(M + 1)·K], weight [P, K, PANEL], the biases [N], residual [M, N], y [M, N], int64 height,
+    first and last row, first and last panel of y, then the attributes as float32; residual may be
+    y itself. The second makes the tiles: x [M, K], tiles, height, first and last row. First rows
+    are those of a tile.
     """
     product, tiles = symbols(spec)
     spec = spec.one
     tile = Tile.of(spec, lanes)
-    made = []
-    for name, emit in ((product, _multiply), (tiles, _lay_out)):
-        with function(name) as builder:
-            emit(spec, tile)
-        made.append(builder.get())
-    return made
+    with function(product, noalias=not spec.residual) as multiplying:
+        _multiply(spec, tile)
+    with function(tiles) as laying_out:
+        _lay_out(spec, tile)
+    return [multiplying.get(), laying_out.get()]
 
 
 def _integers(*names: str) -> list[Expr]:
@@ -71,7 +71,7 @@ def _multiply(spec: Linear, tile: Tile) -> None:
     )
     numbers = {name: T.arg(name, T.float32()) for name in spec.attributes}
     rows, inner, columns, panels = T.int64(), T.int64(), T.int64(), T.int64()
-    shapes = {"weight": (panels, inner, PANEL), "y": (rows, columns)}
+    shapes = {"weight": (panels, inner, PANEL)} | dict.fromkeys(("residual", "y"), (rows, columns))
     tiles = T.match_buffer(handles.pop("x"), (T.int64(),), "float32", align=4)
     # The outputs first: their shape defines the symbols the inputs' use.
     buffers = {
@@ -93,6 +93,11 @@ def _multiply(spec: Linear, tile: Tile) -> None:
                 T.bind(row * inner), panel, offset, *_fetched(spec, tile, inner, index, count)
             )
             padded = _padded(size)
+            if spec.residual:
+                item = DTYPES[spec.dtype].numpy.itemsize
+                with T.serial(size) as i:
+                    for later in range(0, tile.width, _LINE // item):
+                        prefetch(buffers["residual"][row + i, column + later], 1)
             for known in (1, *range(2, tile.rows + 1, 2)):
                 with T.If(padded == known), T.Then():
                     _accumulate(spec, tile, tiles, buffers["weight"], sums, known, place)
@@ -254,7 +259,7 @@ def _transpose(
 
 
 class _Epilogue:
-    """Bias, activation and product of a tile, one row at a time."""
+    """Bias, activation and product, or residual sum, of a tile, one row at a time."""
 
     def __init__(
         self,
@@ -268,6 +273,7 @@ class _Epilogue:
         self.numbers = numbers
         self.lanes = Lanes(tile.lanes)
         self.activation: Emitter | None = None
+        self.alpha: Expr = None
 
     def finish(self, row: Expr, count: Expr, column: Expr) -> None:
         """Write `count` rows of y from the sums."""
@@ -275,13 +281,19 @@ class _Epilogue:
         with T.serial(count) as i:
             self.lanes = Lanes(tile.lanes, T.bind(T.cast(T.shift_right(i, 40), "uint32")))
             self.activation = self._activation()
+            if self.spec.alpha:
+                alpha = round_to(_SCALAR, self.spec.dtype, self._number("alpha"))
+                self.alpha = T.bind(self.lanes.spread(alpha))
             for vector in range(tile.vectors):
                 columns = T.ramp(column + vector * tile.lanes, 1, tile.lanes)
                 parts = [
                     self._sum(i * tile.columns + part * tile.width, part, vector, columns)
                     for part in range(tile.parts)
                 ]
-                y = T.bind(narrow(self.lanes, self.spec.dtype, self._apply(parts)))
+                value = self._apply(parts)
+                if self.spec.residual:
+                    value = self._with_residual(value, [row + i, columns])
+                y = T.bind(narrow(self.lanes, self.spec.dtype, value))
                 T.buffer_store(self.buffers["y"], y, [row + i, columns])
 
     def _activation(self) -> Emitter | None:
@@ -289,11 +301,15 @@ class _Epilogue:
             return None
         program = row_program(self.spec.unit)
         emitter = Emitter(program, program.outputs, self.lanes)
-        for name, number in self.numbers.items():
-            emitter.scalars[name] = _SCALAR.from_bits(_SCALAR.bits(number) ^ self.lanes.zero)
+        for name in self.numbers:
+            emitter.scalars[name] = self._number(name)
         emitter.uniform("attribute")
         emitter.spread(set(emitter.scalars))
         return emitter
+
+    def _number(self, name: str) -> Expr:
+        """An attribute, read anew in each turn as constants are."""
+        return _SCALAR.from_bits(_SCALAR.bits(self.numbers[name]) ^ self.lanes.zero)
 
     def _sum(self, at: Expr, part: int, vector: int, columns: Expr) -> Expr:
         lanes, dtype = self.lanes, self.spec.dtype
@@ -310,3 +326,11 @@ class _Epilogue:
             return parts[0]
         names = ("gate", "up") if self.spec.gated else ("x",)
         return self.activation.apply(dict(zip(names, parts, strict=True)))
+
+    def _with_residual(self, value: Expr, place: list[Expr]) -> Expr:
+        """`value`, rounded already, and residual at `place`, which nothing reads later."""
+        lanes, dtype = self.lanes, self.spec.dtype
+        residual = T.bind(widen(lanes, dtype, self.buffers["residual"][tuple(place)]))
+        if self.spec.alpha:
+            residual = lanes.let(round_to(lanes, dtype, residual * self.alpha))
+        return lanes.let(value + residual)

@@ -1,5 +1,5 @@
-/* Linear ops: x [..., K], then for each map a weight in panels [P, K, PANEL] and vectors [N]; an
-   output y [..., N] for each map.
+/* Linear ops: x [..., K], then for each map a weight in panels [P, K, PANEL] and vectors [N], and
+   for a single map perhaps a residual [..., N]; an output y [..., N] for each map.
 
    The rows of x are laid out in tiles first. A task is then a block of tiles times a range of
    panels of one map. Blocks are as high as lets their part of x stay in the caches of a core while
@@ -70,9 +70,12 @@ static void linear_task(void* data, size_t index) {
   Argument arguments[MAX_INPUTS + 1 + 5 + MAX_ATTRIBUTES];
   set_tensor(&tensors[0], &size, 1, job->tiles, &TILES);
   for (int i = 1; i <= reads; ++i) {
-    int at = map * reads + i, is_weight = op->input[at].layout == PANELS;
-    set_tensor(&tensors[i], is_weight ? panels : &job->columns[map], is_weight ? 3 : 1,
-               job->input[at], &op->input[at]);
+    int at = map * reads + i;
+    switch (op->input[at].layout) {
+      case PANELS: set_tensor(&tensors[i], panels, 3, job->input[at], &op->input[at]); break;
+      case ROW: set_tensor(&tensors[i], result, 2, job->input[at], &op->input[at]); break;
+      default: set_tensor(&tensors[i], &result[1], 1, job->input[at], &op->input[at]);
+    }
   }
   set_tensor(&tensors[reads + 1], result, 2, job->output[map], &op->output[map]);
   int count = linear_arguments(arguments, tensors, reads + 2, numbers, 5);
@@ -114,10 +117,12 @@ static OrtStatus* linear_share(OrtKernelContext* context, void (*task)(void*, si
   return NULL;
 }
 
-/* One f32 row is a tile as it lies; else the tiles get memory of their own, in `made`. */
+/* One f32 row is a tile as it lies, unless y takes its place; else the tiles get memory of their
+   own, in `made`. */
 static OrtStatus* linear_layout(LinearJob* job, OrtKernelContext* context, void** made) {
   job->tiles = (char*)job->input[0];
-  if (job->rows == 1 && job->state->op->input[0].bytes == 4) return NULL;
+  int kept = job->output[0] != job->input[0]; /* not where x is the residual too */
+  if (job->rows == 1 && job->state->op->input[0].bytes == 4 && kept) return NULL;
   *made = malloc((size_t)((job->rows + 1) * job->inner) * 4 + 64);
   if (*made == NULL) return CreateStatus(ORT_FAIL, "fusenorm: out of memory");
   job->tiles = (char*)*made + (64 - (uintptr_t)*made % 64) % 64;
@@ -126,8 +131,9 @@ static OrtStatus* linear_layout(LinearJob* job, OrtKernelContext* context, void*
   return linear_share(context, layout_task, tasks, job);
 }
 
-/* The sizes of a map, from the shapes of what it reads. */
-static OrtStatus* linear_map(LinearJob* job, const OrtValue** values, int map, size_t rank) {
+/* The sizes of a map, from the shapes of what it reads; `dims` are those of x. */
+static OrtStatus* linear_map(LinearJob* job, const OrtValue** values, int map, const int64_t* dims,
+                             size_t rank) {
   const State* state = job->state;
   const Op* op = state->op;
   int64_t shape[MAX_RANK];
@@ -140,6 +146,10 @@ static OrtStatus* linear_map(LinearJob* job, const OrtValue** values, int map, s
         return fail_slot(state, slot, "is not made of panels as high as the last axis of x");
       job->panels[map] = shape[0] / op->parts;
       job->columns[map] = job->panels[map] * PANEL;
+    } else if (slot->layout == ROW) {
+      if (other != rank || shape[rank - 1] != job->columns[map] ||
+          memcmp(shape, dims, (rank - 1) * sizeof *dims) != 0)
+        return fail_slot(state, slot, "does not have the shape of y");
     } else {
       int64_t size = 1;
       for (size_t axis = 0; axis < other; ++axis) size *= shape[axis];
@@ -186,7 +196,7 @@ static OrtStatus* linear_compute(const State* state, OrtKernelContext* context) 
   job.rows = 1;
   for (size_t axis = 0; axis + 1 < rank; ++axis) job.rows *= dims[axis];
   for (int map = 0; map < op->outputs; ++map) {
-    TRY(linear_map(&job, values, map, rank));
+    TRY(linear_map(&job, values, map, dims, rank));
     TRY(linear_output(&job, context, map, dims, rank));
   }
   if (job.rows == 0) return NULL;
@@ -206,6 +216,12 @@ static OrtStatus* linear_infer(const Op* op, OrtShapeInferContext* context) {
   TRY(GetInputShape(context, 0, &info));
   TRY(read_shape(info, &x));
   if (x.rank == 0) return NULL;
+  if (op->input[op->inputs - 1].layout == ROW) { /* residual, which has the shape of y */
+    Shape residual;
+    TRY(GetInputShape(context, op->inputs - 1, &info));
+    TRY(read_shape(info, &residual));
+    if (residual.rank == x.rank) x = residual;
+  }
   for (int map = 0; map < op->outputs; ++map) {
     TRY(GetInputShape(context, 1 + map * linear_reads(op), &info));
     TRY(read_shape(info, &weight));

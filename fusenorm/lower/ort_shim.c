@@ -741,9 +741,21 @@ static size_t in_place_2_2(int** inputs, int** outputs) {
   *inputs = input, *outputs = output;
   return 4;
 }
+static size_t in_place_third(int** inputs, int** outputs) {
+  static int input[] = {2}, output[] = {0};
+  *inputs = input, *outputs = output;
+  return 1;
+}
+static size_t in_place_fourth(int** inputs, int** outputs) {
+  static int input[] = {3}, output[] = {0};
+  *inputs = input, *outputs = output;
+  return 1;
+}
 static void keep_in_place(int* inputs, int* outputs) { (void)inputs, (void)outputs; }
 
 static size_t (*in_place(const Op* op))(int**, int**) {
+  if (op->kind == LINEAR && op->input[op->inputs - 1].layout == ROW) /* residual */
+    return op->inputs == 3 ? in_place_third : in_place_fourth;
   if (op->device != CPU || (op->kind != ROWS && op->kind != FLAT)) return NULL;
   if (op->input[0].layout != ROW) return NULL;
   if (op->inputs < 2 || op->input[1].layout != ROW) return in_place_1_1;

@@ -44,7 +44,8 @@ class Linear(OpSpec):
     """act(x·W + b), or the gated unit act(x·W + b)∘(x·V + c), W and V constant and packed.
 
     Several plain maps of one x, such as queries, keys and values, are one op with an output each:
-    y_i = x·W_i + b_i.
+    y_i = x·W_i + b_i. A single plain map may end in a residual sum: y = (x·W + b) + alpha·residual,
+    where residual has the shape of y, and is rounded wherever two nodes would.
 
     Attributes:
         activation: a row of ACTIVATIONS.
@@ -53,6 +54,8 @@ class Linear(OpSpec):
         dtype: of every input and output; products are summed in f32 and rounded to it.
         precision: of the activation in 16 bits, as in Gated.
         maps: how many there are; more than one only without activation.
+        residual: a further row is added to a single map without activation.
+        alpha: that row is multiplied by the attribute `alpha` (DeepNorm, arXiv 2203.00555).
     """
 
     activation: str = "identity"
@@ -61,6 +64,8 @@ class Linear(OpSpec):
     dtype: DType = "f32"
     precision: Literal["f32", "storage"] = "f32"
     maps: int = 1
+    residual: bool = False
+    alpha: bool = False
 
     @property
     def row(self) -> Activation:
@@ -74,7 +79,7 @@ class Linear(OpSpec):
     def tokens(self) -> tuple[str, ...]:
         tokens = [f"{self.maps}maps"] if self.maps > 1 else []
         tokens += [self.activation] if self.gated or self.activation != "identity" else []
-        tokens += ["bias"] if self.bias else []
+        tokens += [flag for flag in ("bias", "residual", "alpha") if getattr(self, flag)]
         tokens += [self.dtype] if self.dtype != "f32" else []
         tokens += ["stepwise"] if self.precision == "storage" else []
         return tuple(tokens)
@@ -91,6 +96,8 @@ class Linear(OpSpec):
             if name == "identity" and not gated:
                 for maps in range(2, MOST_MAPS + 1):
                     yield cls(name, gated, bias, dtype, maps=maps)
+                for alpha in (False, True):
+                    yield cls(name, gated, bias, dtype, residual=True, alpha=alpha)
 
     @classmethod
     def ending_in(cls, unit: Gated, *, bias: bool) -> Self | None:
@@ -106,6 +113,11 @@ class Linear(OpSpec):
         return dataclasses.replace(self, maps=1)
 
     @property
+    def plain(self) -> bool:
+        """Whether it is x·W + b of one map and nothing else."""
+        return self == Linear(bias=self.bias, dtype=self.dtype)
+
+    @property
     def unit(self) -> Gated:
         """What follows the sums, as an op over rows."""
         layout: GateLayout = "pair" if self.gated else "none"
@@ -119,6 +131,7 @@ class Linear(OpSpec):
             slots.append(Slot(f"weight{end}", self.dtype, "panels"))
             if self.bias:
                 slots += [Slot(f"{name}{end}", self.dtype, "vector") for name in biases]
+        slots += [Slot("residual", self.dtype, "row")] if self.residual else []
         return tuple(slots)
 
     @property
@@ -132,7 +145,7 @@ class Linear(OpSpec):
 
     @property
     def attributes(self) -> tuple[str, ...]:
-        return self.row.attributes
+        return (*self.row.attributes, *(("alpha",) if self.alpha else ()))
 
     def write(self, body: Body) -> None:
         matrix = body.let("matrix", "Constant <value_ints: ints = [0, -1]> ()")
@@ -143,7 +156,7 @@ class Linear(OpSpec):
                 )
                 weight = body.let(f"matrix_weight{end}", f"Reshape ({by_row}, {matrix})")
                 value = self._product(body, f"product{end}", weight, f"bias{end}")
-                body.result(f"y{end}", self._activated(body, value))
+                body.result(f"y{end}", self._summed(body, self._activated(body, value)))
             return
         body.let("by_row", "Transpose <perm: ints = [1, 0, 2]> (weight)")
         body.let("pairs", f"Constant <value_ints: ints = [0, -1, {2 * PANEL}]> ()")
@@ -161,6 +174,15 @@ class Linear(OpSpec):
         wide = body.cast("act_wide", value, self.dtype, at)
         return body.cast("act_rounded", self.row.write(body, wide, at), at, self.dtype)
 
+    def _summed(self, body: Body, value: str) -> str:
+        if not self.residual:
+            return value
+        row = "residual"
+        if self.alpha:
+            alpha = body.constant("alpha_value", "@alpha", self.dtype)
+            row = body.let("residual_scaled", f"Mul (residual, {alpha})")
+        return body.let("sum", f"Add ({value}, {row})")
+
     def _product(self, body: Body, name: str, weight: str, bias: str) -> str:
         value = body.let(name, f"MatMul (x, {weight})")
         return body.let(f"{name}_biased", f"Add ({value}, {bias})") if self.bias else value
@@ -174,6 +196,9 @@ class Linear(OpSpec):
                 wide["x"] @ unpack(wide[f"weight{end}"]) + wide.get(f"bias{end}", 0.0)
                 for end in self._ends
             )
+            if self.residual:
+                row = attributes.get("alpha", 1.0) * wide["residual"]
+                return tuple(product + row for product in products)
             return tuple(self.row.numpy(product, **attributes) for product in products)
         panels = wide["weight"]
         gate = wide["x"] @ unpack(panels[0::2]) + wide.get("gate_bias", 0.0)

@@ -111,6 +111,13 @@ class Norm(OpSpec):
         return ("epsilon", *(flag for flag in ("alpha", "beta") if getattr(self, flag)))
 
     @property
+    def alone(self) -> Self:
+        """The norm of a residual sum that is given; s is read rounded."""
+        return dataclasses.replace(
+            self, skip=False, alpha=False, beta=False, layer_scale=False, residual="storage"
+        )
+
+    @property
     def stash(self) -> DType:
         """Type of the statistics."""
         return "f64" if self.dtype == "f64" else "f32"

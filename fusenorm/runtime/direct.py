@@ -184,7 +184,8 @@ class LinearOp:
 
         Args:
             inputs: x [..., K], then for each map its weight as panels (fusenorm.ops.linear.pack,
-                for a gated unit pack_gated) and its biases [N].
+                for a gated unit pack_gated) and its biases [N], then residual [..., N] if the op
+                adds one.
             attributes: every float attribute of the op.
 
         Returns:
@@ -199,25 +200,28 @@ class LinearOp:
         x = arrays[first.name]
         if not x.ndim:
             raise ValueError(f"'{first.name}' is a scalar: it needs a last axis")
-        *leading, inner = x.shape
+        *leading, _ = x.shape
         each = len(slots) // self.spec.maps
         maps = [slots[at : at + each] for at in range(0, len(slots), each)]
-        columns = [self._columns(own, arrays, inner) for own in maps]
+        columns = [self._columns(own, arrays, x.shape) for own in maps]
         dtype = DTYPES[self.spec.dtype].numpy
         results = tuple(np.empty((*leading, width), dtype) for width in columns)
         rows = math.prod(leading)
         if rows:
             numbers = [float(attributes[name]) for name in self.spec.attributes]
-            reads = [[_bits(slot, arrays[slot.name]) for slot in own] for own in maps]
+            reads = [{slot: arrays[slot.name] for slot in own} for own in maps]
             made = zip(self.spec.outputs, results, strict=True)
             outputs = [_by_row(slot, y, rows) for slot, y in made]
             self._compute(_by_row(first, x, rows), reads, outputs, numbers)
         return results if self.spec.maps > 1 else results[0]
 
-    def _columns(self, slots: Sequence[Slot], arrays: Mapping[str, np.ndarray], inner: int) -> int:
-        """N of a map, after checking what it reads: its weight, then biases."""
+    def _columns(
+        self, slots: Sequence[Slot], arrays: Mapping[str, np.ndarray], shape: tuple[int, ...]
+    ) -> int:
+        """N of a map of x of this shape, after checking what it reads: its weight first."""
+        *leading, inner = shape
         parts = 2 if self.spec.gated else 1
-        weight, *vectors = (arrays[slot.name] for slot in slots)
+        weight, *others = (arrays[slot.name] for slot in slots)
         if weight.ndim != 3 or weight.shape[1:] != (inner, PANEL) or weight.shape[0] % parts:
             panels = "even" if self.spec.gated else "any"
             raise ValueError(
@@ -225,16 +229,17 @@ class LinearOp:
                 f"it must be [{panels}, {inner}, {PANEL}]"
             )
         columns = weight.shape[0] // parts * PANEL
-        for slot, vector in zip(slots[1:], vectors, strict=True):
-            if vector.shape != (columns,):
-                got = list(vector.shape)
-                raise ValueError(f"'{slot.name}' is {got}: it must be [{columns}]")
+        for slot, other in zip(slots[1:], others, strict=True):
+            wanted = (*leading, columns) if slot.layout == "row" else (columns,)
+            if other.shape != wanted:
+                got = list(other.shape)
+                raise ValueError(f"'{slot.name}' is {got}: it must be {list(wanted)}")
         return columns
 
     def _compute(
         self,
         x: np.ndarray,
-        reads: Sequence[Sequence[np.ndarray]],
+        reads: Sequence[Mapping[Slot, np.ndarray]],
         outputs: Sequence[np.ndarray],
         numbers: Sequence[float],
     ) -> None:
@@ -251,7 +256,11 @@ class LinearOp:
             self._lay_out(x[part], tiles, height, 0, count)
             for own, y in zip(reads, outputs, strict=True):
                 panels = y.shape[1] // PANEL
-                self._multiply(tiles, *own, y[part], height, 0, count, 0, panels, *numbers)
+                given = (
+                    _by_row(slot, array, rows)[part] if slot.layout == "row" else _bits(slot, array)
+                    for slot, array in own.items()
+                )
+                self._multiply(tiles, *given, y[part], height, 0, count, 0, panels, *numbers)
 
 
 def _arrays(

@@ -238,6 +238,7 @@ def test_usage_errors_exit_with_2(llama) -> None:
         ("--no-fold-norm", {"fold_norm": ()}),
         ("--no-concat-linear", {"concat_linear": False}),
         ("--centre-residual", {"centre_residual": True}),
+        ("--add-residual", {"add_residual": True}),
         (None, {}),
     ],
 )

@@ -33,6 +33,8 @@ SHAPED = [
     Linear(bias=True),
     Linear("gelu"),
     Linear("swish", gated=True),
+    Linear(bias=True, residual=True, alpha=True),
+    Linear(dtype="f16", residual=True, alpha=True),
     Linear("swish", gated=True, bias=True, dtype="f16"),
     Linear(bias=True, maps=3),
 ]
@@ -108,10 +110,11 @@ def feeds(spec: Linear, rows: tuple[int, ...], inner: int, columns: int) -> dict
         # Maps of one x, the second twice as wide as the first and so on.
         wider = int(slot.name[-1]) + 1 if spec.maps > 1 and slot.layout != "row" else 1
         shape = {
-            "row": (*rows, inner),
+            "x": (*rows, inner),
+            "residual": (*rows, columns),
             "panels": (wider * panels, inner, PANEL),
             "vector": (wider * columns,),
-        }[slot.layout]
+        }[slot.name if slot.layout == "row" else slot.layout]
         given[slot.name] = random.standard_normal(shape).astype(DTYPES[slot.dtype].numpy)
     return given
 
@@ -125,6 +128,9 @@ def round_each(spec: Linear, given: dict[str, np.ndarray]) -> tuple[np.ndarray, 
     for part, name in zip(panels, names, strict=True):
         value = (wide["x"] @ unpack(part)).astype(given["x"].dtype)
         parts.append(value + given[name] if spec.bias else value)
+    if spec.residual:
+        row = given["residual"] * given["x"].dtype.type(BETA if spec.alpha else 1)
+        return parts[0] + row, [*parts, row]
     if not spec.gated and spec.activation == "identity":
         return parts[0], parts
     inputs = ("gate", "up") if spec.gated else ("x",)
@@ -153,7 +159,7 @@ def check_one(spec: Linear, given: dict[str, np.ndarray], made: np.ndarray) -> N
         assert (made.shape, made.dtype) == (rounded.shape, rounded.dtype)
         sizes = [np.maximum(np.abs(part.astype(np.float64)), 1.0) for part in parts]
         scale = np.prod(sizes, axis=0) * (2 * sizes[0] if steep else 1.0)
-        points = 2 + 2 * spec.gated + 6 * (spec.precision == "storage")
+        points = 2 + 2 * (spec.gated + spec.residual) + 6 * (spec.precision == "storage")
         error = np.abs(made.astype(np.float64) - rounded)
         assert np.all(error <= points * scale * DTYPES[spec.dtype].epsilon)
         # In GELU's tail 1 + erf cancels, and long sums meet ties: the last bits are those of f32.
@@ -165,7 +171,8 @@ def check_one(spec: Linear, given: dict[str, np.ndarray], made: np.ndarray) -> N
     (want,) = spec.reference(given, dict.fromkeys(spec.attributes, BETA))
     assert made.shape == want.shape
     magnitudes = {name: np.abs(array) for name, array in given.items()}
-    (magnitude,) = Linear("identity", gated=spec.gated, bias=spec.bias).reference(magnitudes, {})
+    summed = Linear("identity", gated=spec.gated, bias=spec.bias, residual=spec.residual)
+    (magnitude,) = summed.reference(magnitudes, {})
     scale = np.maximum(magnitude, 1.0) * (2 * magnitude if steep else 2.0)
     assert np.all(np.abs(made - want) <= 4 * np.finfo(np.float32).eps * scale)
 
@@ -187,7 +194,9 @@ def test_shapes_and_threads(spec: Linear, library: Path, threads: int) -> None:
         check(spec, given, run.run(None, given))
 
 
-@pytest.mark.parametrize("spec", [SHAPED[0], SHAPED[3], *IN_BF16], ids=lambda spec: spec.op_type)
+@pytest.mark.parametrize(
+    "spec", [SHAPED[0], SHAPED[3], SHAPED[5], *IN_BF16], ids=lambda spec: spec.op_type
+)
 def test_shapes_called_directly(spec: Linear, library: Path) -> None:
     run = called(spec, library)
     for rows, inner, columns in SHAPES:
@@ -225,12 +234,14 @@ def test_nan_and_infinity_travel(library: Path) -> None:
         ("weight", (2, 9, PANEL), "panels as high as the last axis of x"),
         ("weight", (2, 8, 16), "panels as high as the last axis of x"),
         ("bias", (32,), "vector as long as the weight has columns"),
+        ("residual", (2, PANEL), "'residual' does not have the shape of y"),
+        ("residual", (1, 2 * PANEL), "'residual' does not have the shape of y"),
     ],
 )
 def test_wrong_shapes_are_refused(
     library: Path, name: str, shape: tuple[int, ...], message: str
 ) -> None:
-    spec = Linear(bias=True)
+    spec = SHAPED[3]
     given = feeds(spec, (2,), 8, 2 * PANEL)
     given[name] = np.zeros(shape, np.float32)
     with pytest.raises(Exception, match=message):
@@ -283,7 +294,42 @@ def test_the_shape_of_every_output_is_inferred(library: Path) -> None:
     assert shapes == [["x0", "x1", width * PANEL] for width in (1, 2, 3)]
 
 
-@pytest.mark.parametrize("spec", SHAPED[:3], ids=lambda spec: spec.op_type)
+@pytest.mark.parametrize("spec", SHAPED[3:5], ids=lambda spec: spec.op_type)
+@pytest.mark.parametrize("threads", [1, 3])
+def test_y_may_lie_where_the_residual_does(spec: Linear, library: Path, threads: int) -> None:
+    run = session(spec, library, threads)
+    for rows in (1, 2, 29, 300):
+        given = feeds(spec, (rows,), 300, 11 * PANEL)
+        (want,) = run.run(None, given)
+        place = ort.OrtValue.ortvalue_from_numpy(given["residual"].copy())
+        binding = run.io_binding()
+        for name, array in given.items():
+            binding.bind_cpu_input(name, array)
+        binding.bind_ortvalue_input("residual", place)
+        binding.bind_ortvalue_output("y", place)
+        run.run_with_iobinding(binding)
+        assert np.array_equal(place.numpy(), want)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 29])
+def test_y_may_lie_where_x_does_that_is_the_residual_too(library: Path, rows: int) -> None:
+    spec, width = SHAPED[3], 11 * PANEL
+    run = session(spec, library)
+    given = feeds(spec, (rows,), width, width)
+    given["residual"] = given["x"]
+    (want,) = run.run(None, given)
+    place = ort.OrtValue.ortvalue_from_numpy(given["x"].copy())
+    binding = run.io_binding()
+    for name in ("weight", "bias"):
+        binding.bind_cpu_input(name, given[name])
+    binding.bind_ortvalue_input("x", place)
+    binding.bind_ortvalue_input("residual", place)
+    binding.bind_ortvalue_output("y", place)
+    run.run_with_iobinding(binding)
+    assert np.array_equal(place.numpy(), want)
+
+
+@pytest.mark.parametrize("spec", SHAPED[:4], ids=lambda spec: spec.op_type)
 def test_the_loop_of_products_keeps_its_sums_in_registers(spec: Linear) -> None:
     """Whatever the epilogue needs, its constants must not push the sums to the stack."""
     target = Target.parse("x86-64-v4")
@@ -302,7 +348,7 @@ def test_ops_of_one_type_lay_out_rows_alike(level: str) -> None:
 
     from fusenorm.kernels import linear
 
-    plain, gated = Linear(), Linear("swish", gated=True)
-    assert symbols(plain)[1] == symbols(gated)[1]
-    one, other = (linear.functions(spec, LANES[level])[1] for spec in (plain, gated))
-    assert tvm_ffi.structural_equal(one, other)
+    alike = [Linear(), Linear("swish", gated=True), Linear(bias=True, residual=True)]
+    assert len({symbols(spec)[1] for spec in alike}) == 1
+    one, *others = (linear.functions(spec, LANES[level])[1] for spec in alike)
+    assert all(tvm_ffi.structural_equal(one, other) for other in others)

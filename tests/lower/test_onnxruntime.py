@@ -12,8 +12,10 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper
 
+import fusenorm
 from fusenorm.lower import Target, build_library
 from fusenorm.ops import DOMAIN, DTYPES, Gated, Norm, OpSpec
+from tests import graphs
 
 pytestmark = pytest.mark.kernel
 
@@ -294,6 +296,33 @@ def test_shapes_are_inferred_through_the_op(library: Path, tmp_path: Path) -> No
         {name: np.ones((2, 3, 8), np.float32) for name in ("x", "skip")}
         | {"scale": np.ones(8, np.float32)},
     )
+
+
+def test_a_residual_stream_runs_from_map_to_map(tmp_path: Path) -> None:
+    """Two blocks, compiled: what is left between the maps are norms of one row."""
+    body = "\n".join(
+        f"""p{i} = MatMul (n{i}, up{i})\n a{i} = Relu (p{i})\n f{i} = MatMul (a{i}, down{i})
+        s{i + 1} = Add (s{i}, f{i})\n n{i + 1} = LayerNormalization (s{i + 1}, g, g)"""
+        for i in range(2)
+    )
+    random = np.random.default_rng(0)
+    sizes = {"g": (32,), "up0": (32, 96), "up1": (32, 96), "down0": (96, 32), "down1": (96, 32)}
+    constants = {name: random.standard_normal(s).astype(np.float32) for name, s in sizes.items()}
+    proto = graphs.model(
+        f"n0 = LayerNormalization (s0, g, g)\n{body}",
+        "float[b,s,32] s0",
+        "float[b,s,32] n2",
+        constants=constants,
+    )
+    options = fusenorm.Options(add_residual=True)
+    compiled = fusenorm.compile(fusenorm.optimize(proto), tune=False, options=options)
+    kinds = {node.op_type for node in compiled.model.graph}
+    assert kinds == {"LayerNorm_noscale", "Linear_relu_bias", "Linear_residual", "LayerNorm_bias"}
+    running = fusenorm.load(compiled.save(tmp_path / "blocks.fnorm"), threads=2)
+    for rows in ((1, 1), (2, 9), (5, 40)):
+        feed = {"s0": random.standard_normal((*rows, 32)).astype(np.float32)}
+        (want,), (made,) = graphs.run(proto, feed), running.run(None, feed)
+        np.testing.assert_allclose(made, want, rtol=0, atol=1e-5 * float(np.abs(want).max()))
 
 
 def test_two_sessions_share_the_library(library: Path) -> None:

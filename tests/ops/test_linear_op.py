@@ -46,9 +46,12 @@ def model(spec: Linear, opset: int, rank: int = 3) -> onnx.ModelProto:
 def feeds(spec: Linear, rows: tuple[int, ...] = (2, 3)) -> dict[str, np.ndarray]:
     random = np.random.default_rng(0)
     panels = COLUMNS // PANEL * (2 if spec.gated else 1)
-    shapes = {"row": (*rows, INNER), "panels": (panels, INNER, PANEL), "vector": (COLUMNS,)}
+    shapes = {"x": (*rows, INNER), "residual": (*rows, COLUMNS)}
+    shapes |= {"panels": (panels, INNER, PANEL), "vector": (COLUMNS,)}
     return {
-        slot.name: random.normal(0.3, 1.0, shapes[slot.layout]).astype(DTYPES[slot.dtype].numpy)
+        slot.name: random.normal(
+            0.3, 1.0, shapes[slot.name if slot.layout == "row" else slot.layout]
+        ).astype(DTYPES[slot.dtype].numpy)
         for slot in spec.inputs
     }
 
@@ -59,6 +62,7 @@ def test_names_parse_back_and_are_unique() -> None:
     assert [ops.parse(name) for name in names] == SPECS
     assert Linear("gelu", bias=True).op_type == "Linear_gelu_bias"
     assert Linear("swish", gated=True).op_type == "LinearGLU_swish"
+    assert Linear(bias=True, residual=True, alpha=True).op_type == "Linear_bias_residual_alpha"
 
 
 def test_packing_loses_nothing() -> None:
@@ -93,7 +97,7 @@ def test_bodies_change_only_with_their_version() -> None:
     for spec, opset in itertools.product(SPECS, (12, 13, 18)):
         digest.update(spec.function_text(opset).encode())
     assert Linear.VERSION == 1
-    assert digest.hexdigest()[:16] == "3bf3788f25ec415d", (
+    assert digest.hexdigest()[:16] == "e227c02cc5429433", (
         "a body changed: raise VERSION of its family"
     )
 
@@ -106,3 +110,8 @@ def test_maps_of_one_x_have_their_own_slots() -> None:
     assert [slot.name for slot in spec.outputs] == ["y_0", "y_1"]
     assert spec.one == Linear(bias=True)
     assert all(each.one == each for each in SPECS if each.activation != "identity" or each.gated)
+
+
+def test_plain_is_one_map_and_nothing_else() -> None:
+    plain = [spec.op_type for spec in SPECS if spec.plain and spec.dtype == "f32"]
+    assert plain == ["Linear", "Linear_bias"]

@@ -86,6 +86,18 @@ def test_f64_twin_keeps_the_algebra() -> None:
         assert [slot.name for slot in twin.inputs] == [slot.name for slot in spec.inputs]
 
 
+def test_a_norm_alone_of_the_sum_gives_the_bits_of_both_in_one() -> None:
+    for spec in SPECS:
+        rounded = isinstance(spec, ops.Norm) and spec.skip and spec.residual == "storage"
+        if not rounded or spec.inputs[0].dtype == "bf16":
+            continue
+        feeds, alone = _feeds(spec), spec.alone
+        y, s = ReferenceEvaluator(_model(spec, 18)).run(None, feeds)
+        given = {slot.name: feeds[slot.name] for slot in alone.inputs} | {"x": s}
+        (again,) = ReferenceEvaluator(_model(alone, 18)).run(None, given)
+        assert np.array_equal(again, y), spec.op_type
+
+
 @pytest.mark.parametrize(("spec", "name"), [
     (ops.Norm(), "RMSNorm"),
     (ops.Norm(centred=True, skip=True, bias="f32", alpha=True), "SkipLayerNorm_bias_alpha"),

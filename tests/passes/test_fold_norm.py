@@ -367,11 +367,18 @@ def test_a_model_that_is_not_touched_says_so() -> None:
     assert not FoldNorm()(work).modified
 
 
-def test_maps_side_by_side_are_not_folded_into() -> None:
+@pytest.mark.parametrize(
+    ("kind", "body"),
+    [
+        ("Linear_residual", LN + "h = MatMul (n, w)\ny = Add (h, r)"),
+        ("Linear_2maps", LN + "h = MatMul (n, w)\nk = MatMul (n, v)\ny = Max (h, k)"),
+    ],
+)
+def test_maps_later_passes_made_are_not_folded_into(kind: str, body: str) -> None:
     """As in a model that is compiled again."""
-    body = LN + "h = MatMul (n, w)\nk = MatMul (n, v)\ny = Max (h, k)"
-    work, _ = lowered(body, options=Options(fold_norm=()))
-    assert kinds(work) == ["Linear_2maps"]
+    inputs = f"{X}, float[b,s,64] r" if "r)" in body else X
+    work, _ = lowered(body, inputs, options=Options(fold_norm=(), add_residual=True))
+    assert kinds(work) == [kind]
     assert not FoldNorm()(work).modified
 
 
@@ -410,7 +417,11 @@ NORMS = [
     Norm(scale=None, bias="f32"),
     Norm(centred=True, skip=True, bias="f32", alpha=True, beta=True, layer_scale=True),
 ]
-ENDS = [spec for spec in Linear.variants() if spec.dtype == "f32" and spec.maps == 1]
+ENDS = [
+    spec
+    for spec in Linear.variants()
+    if spec.dtype == "f32" and spec.maps == 1 and not spec.residual
+]
 
 
 @pytest.mark.parametrize("norm", NORMS, ids=lambda spec: spec.op_type)

@@ -109,6 +109,9 @@ CentreResidual = Annotated[
 AddResidual = Annotated[
     bool, typer.Option("--add-residual", help="Add residuals in the linear maps in front of them.")
 ]
+NormLinear = Annotated[
+    bool, typer.Option("--norm-linear", help="Normalise rows in the linear maps that read them.")
+]
 
 
 def main() -> None:
@@ -179,6 +182,7 @@ def optimize(
     no_concat_linear: NoConcat = False,
     centre_residual: CentreResidual = False,
     add_residual: AddResidual = False,
+    norm_linear: NormLinear = False,
     no_bench: Annotated[bool, typer.Option("--no-bench", help="Measure no latency.")] = False,
     no_tune: NoTune = False,
     inputs: Inputs = None,
@@ -192,7 +196,13 @@ def optimize(
     from fusenorm import pipeline
 
     options = _options(
-        no_fold_batch_norm, no_fold_norm, no_concat_linear, centre_residual, add_residual, limit
+        no_fold_batch_norm,
+        no_fold_norm,
+        no_concat_linear,
+        centre_residual,
+        add_residual,
+        norm_linear,
+        limit,
     )
     if ray is not None:
         if emit != "artifact" or options != pipeline.DEFAULTS or inputs is not None or dim:
@@ -357,6 +367,7 @@ def compile(
     no_concat_linear: NoConcat = False,
     centre_residual: CentreResidual = False,
     add_residual: AddResidual = False,
+    norm_linear: NormLinear = False,
     no_tune: NoTune = False,
     as_json: AsJson = False,
     debug: Debug = False,
@@ -366,7 +377,12 @@ def compile(
 
     destination = output or Path(f"{model.stem}.fnorm")
     options = _options(
-        no_fold_batch_norm, no_fold_norm, no_concat_linear, centre_residual, add_residual
+        no_fold_batch_norm,
+        no_fold_norm,
+        no_concat_linear,
+        centre_residual,
+        add_residual,
+        norm_linear,
     )
     with _progress(as_json) as step:
         artifact = pipeline.compile(
@@ -609,6 +625,7 @@ def _options(
     no_concat_linear: bool,
     centre_residual: bool,
     add_residual: bool,
+    norm_linear: bool,
     limit: int | None = None,
 ) -> Options:
     from fusenorm.pipeline import DEFAULTS
@@ -621,6 +638,7 @@ def _options(
         concat_linear=not no_concat_linear,
         centre_residual=centre_residual,
         add_residual=add_residual,
+        norm_linear=norm_linear,
     )
 
 

@@ -48,6 +48,7 @@ from fusenorm.passes.fuse_glu import FuseGatedUnit
 from fusenorm.passes.fuse_linear import FuseLinearMaps
 from fusenorm.passes.fuse_norm import FuseNorm
 from fusenorm.passes.fuse_residual import FuseResidualNorm
+from fusenorm.passes.norm_linear import NormLinear
 from fusenorm.passes.pattern import node_name
 from fusenorm.passes.rewrite import Check, RewritePass, Rule
 from fusenorm.passes.share_shapes import ShareShapes
@@ -82,6 +83,8 @@ class Options:
         concat_linear: compile makes one op of linear maps of one input (queries, keys, values).
         add_residual: compile makes a residual sum the last step of the linear map in front of it.
             Off by default: no measurement told it from the sum in the norm (see AddResidual).
+        norm_linear: compile makes a norm the first step of the linear op behind it. Off by default
+            likewise; residual norms join only with `add_residual`.
     """
 
     validate: bool = True
@@ -92,6 +95,7 @@ class Options:
     fold_norm: tuple[DType, ...] = ("f32",)
     concat_linear: bool = True
     add_residual: bool = False
+    norm_linear: bool = False
 
 
 DEFAULTS = Options()
@@ -170,6 +174,7 @@ def lowering_passes(options: Options, check: Check) -> list[ir.passes.PassBase]:
         FoldNorm(options.fold_norm),
         *([ConcatLinearMaps(check)] if options.concat_linear else []),
         *([AddResidual(check)] if options.add_residual else []),
+        *([NormLinear(check)] if options.norm_linear else []),
         Cleanup(),
     ]
 

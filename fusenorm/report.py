@@ -174,13 +174,13 @@ def collect_regions(model: ir.Model) -> list[Site]:
                 sites.append(_left(node, op, "refused"))
             elif known and known[0] == ROTARY and node is known[1].nodes[0]:
                 sites.append(_left(node, ROTARY, "refused"))
-            elif INTO_KEY in node.metadata_props:
+            elif known and known[0] == NORM_FOLD:
+                sites.append(_left(node, NORM_FOLD, "refused"))
+            if INTO_KEY in node.metadata_props:  # the norm, or the map it joined
                 maps = node.metadata_props[INTO_KEY].split("\n")
                 site = _fused(node)
                 attributes = {**site.attributes, "maps": maps}
                 sites.append(dataclasses.replace(site, op=NORM_FOLD, attributes=attributes))
-            elif known and known[0] == NORM_FOLD:
-                sites.append(_left(node, NORM_FOLD, "refused"))
     return sites
 
 

@@ -159,7 +159,7 @@ def _is_linear(node: ir.Node) -> bool:
 def _is_packed(node: ir.Node) -> bool:
     """Whether it is a map as FuseLinear makes it, which no later pass has extended."""
     spec = Linear.parse(node.op_type) if node.domain == DOMAIN else None
-    return spec is not None and spec.maps == 1 and not spec.residual
+    return spec is not None and spec == spec.products and not spec.residual
 
 
 def _fold(model: ir.Model, norm: _Norm, opset: int) -> Refusal | None:

@@ -79,6 +79,7 @@ def test_a_measurement_is_remembered(
         (Linear("swish", gated=True, bias=True, dtype="f16"), ((4, 40, 32),)),
         (Linear(bias=True, maps=2), ((4, 40, 32), (1, 40, 32))),
         (Linear(bias=True, residual=True, alpha=True), ((4, 40, 32),)),
+        (Linear("swish", gated=True, norm="rms"), ((4, 40, 32),)),
     ],
 )
 def test_measures_both_sides(

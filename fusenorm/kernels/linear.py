@@ -1,20 +1,23 @@
 """Linear kernels: a tile of rows times packed panels in registers, then the epilogue.
 
 The rows of x are laid out once, in tiles of some rows: per column of x its numbers of those rows,
-widened to f32. The accumulators of a tile fill most vector registers; tiles and panels are both
-read from front to back, 16-bit weights are widened in registers. A tile's sums go through a small
-buffer to the epilogue, which is the row program of the activation or gated unit.
+widened to f32 and normalised, if the op does so. The accumulators of a tile fill most vector
+registers; tiles and panels are both read from front to back, 16-bit weights are widened in
+registers. A tile's sums go through a small buffer to the epilogue, which is the row program of the
+activation or gated unit.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import tvm.script.ir_builder.tirx as T
 
 from fusenorm.kernels.mathfn import Expr, Lanes
 from fusenorm.kernels.program import row_program, symbols
+from fusenorm.kernels.prologue import Prologue
 from fusenorm.kernels.registers import Tile
 from fusenorm.kernels.rows import BUFFER, Emitter, function, narrow, prefetch, round_to, widen
 from fusenorm.ops import DTYPES, Linear, Slot
@@ -38,14 +41,13 @@ def functions(spec: Linear, lanes: int) -> list[Any]:
     last tile may have fewer rows, of an odd number its last one twice. The first multiplies: tiles
     f32 [(M + 1)·K], weight [P, K, PANEL], the biases [N], residual [M, N], y [M, N], int64 height,
     first and last row, first and last panel of y, then the attributes as float32; residual may be
-    y itself. The second makes the tiles: x [M, K], tiles, height, first and last row. First rows
-    are those of a tile.
+    y itself. The second makes the tiles: x [M, K], tiles, height, first and last row, then
+    epsilon as float32 if it normalises the rows. First rows are those of a tile.
     """
     product, tiles = symbols(spec)
-    spec = spec.one
     tile = Tile.of(spec, lanes)
     with function(product, noalias=not spec.residual) as multiplying:
-        _multiply(spec, tile)
+        _multiply(spec.products, tile)
     with function(tiles) as laying_out:
         _lay_out(spec, tile)
     return [multiplying.get(), laying_out.get()]
@@ -194,25 +196,38 @@ def _accumulate(
 def _lay_out(spec: Linear, tile: Tile) -> None:
     source, target = T.arg("x", T.handle()), T.arg("tiles", T.handle())
     height, begin, end = _integers("height", "row_begin", "row_end")
+    norm = spec.prologue
+    numbers = {name: T.arg(name, T.float32()) for name in (norm.attributes if norm else ())}
     rows, inner = T.int64(), T.int64()
     x = _buffer(spec.inputs[0], source, (rows, inner))
     tiles = T.match_buffer(target, (T.int64(),), "float32", align=4)
+    most = Tile.of(Linear(), tile.lanes).rows  # of any op that shares the function
+    prologue = Prologue(norm, Lanes(tile.lanes), x, numbers, most) if norm else None
+
+    def value(lanes: Lanes, stored: Expr, i: Expr) -> Expr:
+        if prologue is not None:
+            return prologue.value(lanes, stored, i)
+        return lanes.let(widen(lanes, spec.dtype, stored))
+
     with T.serial(T.truncdiv(end - begin + (height - 1), height)) as index:
         row = T.bind(begin + index * height)
         size = T.bind(T.min(height, end - row))
         start, padded = T.bind(row * inner), _padded(size)
+        if prologue is not None:
+            prologue.measure_tile(row, size)
         with T.If(size < _TRANSPOSED):
             with T.Then(), T.serial(inner) as k, T.serial(padded) as i:
-                value = widen(_SCALAR, spec.dtype, x[row + T.min(i, size - 1), k])
-                T.buffer_store(tiles, value, [start + k * padded + i])
+                at = T.bind(T.min(i, size - 1))
+                number = value(_SCALAR, x[row + at, k], at)
+                T.buffer_store(tiles, number, [start + k * padded + i])
             with T.Else():
                 for group in range(0, tile.rows, tile.lanes):
                     with T.If(size > group), T.Then():
-                        _transpose(spec, Lanes(tile.lanes), x, tiles, row, group, (size, padded))
+                        _transpose(value, Lanes(tile.lanes), x, tiles, row, group, (size, padded))
 
 
 def _transpose(
-    spec: Linear,
+    value: Callable[[Lanes, Expr, Expr], Expr],
     lanes: Lanes,
     x: Any,
     tiles: Any,
@@ -222,22 +237,23 @@ def _transpose(
 ) -> None:
     """Rows from row + `group` of a tile, as many as a vector has lanes.
 
+    value: f32 lanes of what is stored in a row of the tile.
     sizes: of the tile, and padded.
     """
     size, padded = sizes
     inner, width = x.shape[1], lanes.count
-    rows = [T.bind(T.min(row + group + lane, row + size - 1)) for lane in range(width)]
+    rows = [T.bind(T.min(T.int64(group + lane), size - 1)) for lane in range(width)]
     held = lanes.first(T.bind(padded - group))
     start = T.bind(row * inner + group)
 
     def columns(k: Expr, mask: Expr) -> list[Expr]:
         column = T.ramp(k, 1, width)
         if mask is None:
-            stored = [T.bind(x[each, column]) for each in rows]
+            stored = [T.bind(x[row + i, column]) for i in rows]
         else:
-            kind = lanes.type(BUFFER[spec.dtype])
-            stored = [T.bind(T.masked_load(kind, x, each, column, mask)) for each in rows]
-        return lanes.transposed([lanes.let(widen(lanes, spec.dtype, each)) for each in stored])
+            kind = lanes.type(str(x.dtype))
+            stored = [T.bind(T.masked_load(kind, x, row + i, column, mask)) for i in rows]
+        return lanes.transposed([value(lanes, *each) for each in zip(stored, rows, strict=True)])
 
     def place(k: Expr) -> Expr:
         return T.ramp(start + k * padded, 1, width)

@@ -142,13 +142,14 @@ class RowProgram:
 def symbols(spec: OpSpec, device: Device = "cpu") -> tuple[str, ...]:
     """Names of an op's kernels: with every output, then without the second.
 
-    A linear op's are those of one of its maps; the second, shared by all of its type, lays out the
-    rows of x for the first.
+    A linear op's are those of the products of one of its maps; the second, shared by all of its
+    type and norm, lays out the rows of x for the first.
     """
-    spec = spec.one if isinstance(spec, Linear) else spec
-    name = f"fusenorm_{spec.op_type}" if device == "cpu" else f"fusenorm_cuda_{spec.op_type}"
+    own = spec.products if isinstance(spec, Linear) else spec
+    name = f"fusenorm_{own.op_type}" if device == "cpu" else f"fusenorm_cuda_{own.op_type}"
     if isinstance(spec, Linear):
-        return name, f"fusenorm_tiles_{spec.dtype}"
+        tiles = f"fusenorm_tiles_{spec.dtype}"
+        return name, tiles if spec.norm == "none" else f"{tiles}_{spec.norm}"
     return (name, f"{name}__nosum") if len(spec.outputs) == 2 else (name,)
 
 

@@ -392,7 +392,7 @@ def _flat(program: RowProgram, name: str, outputs: tuple[Slot, ...], lanes: int)
 
 
 def _rows(program: RowProgram, name: str, outputs: tuple[Slot, ...], lanes: int) -> Any:
-    emitter = _RowEmitter(program, outputs, Lanes(lanes))
+    emitter = RowEmitter(program, outputs, Lanes(lanes))
     with function(name, noalias=False) as builder:
         rows, columns, pair = T.int64(), T.int64(), T.int64()
         shapes = {"row": (rows, columns), "vector": (columns,), "packed": (rows, pair)}
@@ -400,7 +400,7 @@ def _rows(program: RowProgram, name: str, outputs: tuple[Slot, ...], lanes: int)
         emitter.uniform("attribute")
         emitter.allocate()
 
-        def emit(inner: _RowEmitter) -> None:
+        def emit(inner: RowEmitter) -> None:
             with T.serial(begin, end) as row:
                 inner.row(row, end)
 
@@ -408,7 +408,7 @@ def _rows(program: RowProgram, name: str, outputs: tuple[Slot, ...], lanes: int)
     return builder.get()
 
 
-class _RowEmitter(Emitter):
+class RowEmitter(Emitter):
     """One pass over the row per reduction level, then one that writes the outputs."""
 
     def allocate(self) -> None:
@@ -421,14 +421,7 @@ class _RowEmitter(Emitter):
 
     def row(self, row: Expr, end: Expr) -> None:
         """One row, while parts of the next one are read."""
-        self.spread(set(self.scalars))
-        early = self._early()
-        for level in self.program.levels:
-            self._reduce(row, level, early)
-            self.resident |= early
-            early = {}
-            self.uniform("row")
-            self.spread(set(self.scalars))
+        self.measure(row, self._early())
         late = [slot.name for slot in self.outputs if slot.name not in self.resident]
         zero = T.int64(0)
         near = T.And(self._short(), row + 1 < end)
@@ -442,6 +435,16 @@ class _RowEmitter(Emitter):
                 self.store(block, name, value)
 
         self.sweep(row, T.int64(0), self.columns(), 1, body)
+
+    def measure(self, row: Expr, stores: Mapping[str, str]) -> None:
+        """Compute what is one number of a row; the first pass stores `stores`."""
+        self.spread(set(self.scalars))
+        for level in self.program.levels:
+            self._reduce(row, level, stores)
+            self.resident |= stores
+            stores = {}
+            self.uniform("row")
+            self.spread(set(self.scalars))
 
     def _short(self) -> Expr:
         """Whether two rows of the inputs fit the first cache, beside the vectors."""

@@ -22,14 +22,18 @@ typedef struct {
 
 static const Slot TILES = {"tiles", 1, 4, ROW};
 
-/* Tensors, then numbers; how many arguments that makes. */
-static int linear_arguments(Argument* arguments, Tensor* tensors, int n, const int64_t* numbers,
-                            int count) {
+/* A kernel on `n` tensors, `count` numbers and the attributes [first, last). */
+static void linear_call(LinearJob* job, Kernel kernel, Tensor* tensors, int n,
+                        const int64_t* numbers, int count, int first, int last) {
+  Argument arguments[MAX_INPUTS + 1 + 5 + MAX_ATTRIBUTES], result = {0, 0, {0}};
+  int made = 0;
   for (int i = 0; i < n; ++i)
-    arguments[i] = (Argument){ARGUMENT_TENSOR, 0, {.pointer = &tensors[i]}};
+    arguments[made++] = (Argument){ARGUMENT_TENSOR, 0, {.pointer = &tensors[i]}};
   for (int i = 0; i < count; ++i)
-    arguments[n + i] = (Argument){ARGUMENT_INT, 0, {.integer = numbers[i]}};
-  return n + count;
+    arguments[made++] = (Argument){ARGUMENT_INT, 0, {.integer = numbers[i]}};
+  for (int i = first; i < last; ++i)
+    arguments[made++] = (Argument){ARGUMENT_FLOAT, 0, {.real = job->state->attribute[i]}};
+  if (kernel(NULL, arguments, made, &result) != 0) job->failed = 1;
 }
 
 static int64_t upto(int64_t end, int64_t most) { return end < most ? end : most; }
@@ -41,12 +45,11 @@ static void layout_task(void* data, size_t index) {
   int64_t shape[2] = {job->rows, job->inner}, size = (job->rows + 1) * job->inner;
   int64_t row = (int64_t)index * job->layout_block;
   int64_t numbers[3] = {job->height, row, upto(row + job->layout_block, job->rows)};
+  const Op* op = job->state->op;
   Tensor tensors[2];
-  Argument arguments[5], result = {0, 0, {0}};
-  set_tensor(&tensors[0], shape, 2, job->input[0], &job->state->op->input[0]);
+  set_tensor(&tensors[0], shape, 2, job->input[0], &op->input[0]);
   set_tensor(&tensors[1], &size, 1, job->tiles, &TILES);
-  int count = linear_arguments(arguments, tensors, 2, numbers, 3);
-  if (job->state->op->other(NULL, arguments, count, &result) != 0) job->failed = 1;
+  linear_call(job, op->other, tensors, 2, numbers, 3, op->attributes - op->norm, op->attributes);
 }
 
 /* Inputs of a map. */
@@ -67,7 +70,6 @@ static void linear_task(void* data, size_t index) {
   int64_t panels[3] = {job->panels[map] * op->parts, job->inner, PANEL};
   int64_t result[2] = {job->rows, job->columns[map]};
   Tensor tensors[MAX_INPUTS + 1];
-  Argument arguments[MAX_INPUTS + 1 + 5 + MAX_ATTRIBUTES];
   set_tensor(&tensors[0], &size, 1, job->tiles, &TILES);
   for (int i = 1; i <= reads; ++i) {
     int at = map * reads + i;
@@ -78,8 +80,7 @@ static void linear_task(void* data, size_t index) {
     }
   }
   set_tensor(&tensors[reads + 1], result, 2, job->output[map], &op->output[map]);
-  int count = linear_arguments(arguments, tensors, reads + 2, numbers, 5);
-  if (call_kernel(job->state, op->kernel, arguments, count) != 0) job->failed = 1;
+  linear_call(job, op->kernel, tensors, reads + 2, numbers, 5, 0, op->attributes - op->norm);
 }
 
 static int64_t linear_panel_blocks(const LinearJob* job) {
@@ -117,12 +118,13 @@ static OrtStatus* linear_share(OrtKernelContext* context, void (*task)(void*, si
   return NULL;
 }
 
-/* One f32 row is a tile as it lies, unless y takes its place; else the tiles get memory of their
-   own, in `made`. */
+/* One f32 row is a tile as it lies, unless it is normalised or y takes its place; else the tiles
+   get memory of their own, in `made`. */
 static OrtStatus* linear_layout(LinearJob* job, OrtKernelContext* context, void** made) {
   job->tiles = (char*)job->input[0];
+  const Op* op = job->state->op;
   int kept = job->output[0] != job->input[0]; /* not where x is the residual too */
-  if (job->rows == 1 && job->state->op->input[0].bytes == 4 && kept) return NULL;
+  if (job->rows == 1 && op->input[0].bytes == 4 && !op->norm && kept) return NULL;
   *made = malloc((size_t)((job->rows + 1) * job->inner) * 4 + 64);
   if (*made == NULL) return CreateStatus(ORT_FAIL, "fusenorm: out of memory");
   job->tiles = (char*)*made + (64 - (uintptr_t)*made % 64) % 64;

@@ -141,6 +141,7 @@ typedef struct {
   Kind kind;
   int parts; /* panels of a weight per panel of its y; 2 for grouped heads */
   int tile;  /* LINEAR: rows taken at a time */
+  int norm;  /* LINEAR: how many attributes, the last ones, are for laying out rows; 0: no norm */
   int turns;
   int inputs, outputs, attributes;
   Slot input[MAX_INPUTS], output[MAX_OUTPUTS];

@@ -40,6 +40,7 @@ def _row(spec: OpSpec, device: Device, target: Target) -> str:
     numbers = (
         _parts(spec),
         _tile(spec, target),
+        _norm(spec),
         _turns(spec),
         len(spec.inputs),
         len(spec.outputs),
@@ -71,6 +72,12 @@ def _parts(spec: OpSpec) -> int:
 def _tile(spec: OpSpec, target: Target) -> int:
     """Rows a linear kernel takes at a time."""
     return Tile.of(spec, LANES[target.level]).rows if isinstance(spec, Linear) else 1
+
+
+def _norm(spec: OpSpec) -> int:
+    """How many of a linear op's attributes are those of the norm in front."""
+    prologue = spec.prologue if isinstance(spec, Linear) else None
+    return 0 if prologue is None else len(prologue.attributes)
 
 
 def _turns(spec: OpSpec) -> str:

@@ -15,6 +15,7 @@ from typing import Literal, Self
 import numpy as np
 
 from fusenorm.ops.activation import ACTIVATIONS, Activation, Gated, GateLayout
+from fusenorm.ops.norm import Norm
 from fusenorm.ops.spec import Body, DType, OpSpec, Slot
 
 PANEL = 32
@@ -45,7 +46,8 @@ class Linear(OpSpec):
 
     Several plain maps of one x, such as queries, keys and values, are one op with an output each:
     y_i = x·W_i + b_i. A single plain map may end in a residual sum: y = (x·W + b) + alpha·residual,
-    where residual has the shape of y, and is rounded wherever two nodes would.
+    where residual has the shape of y, and is rounded wherever two nodes would. With a `norm`, each
+    of these reads x normalised over its last axis.
 
     Attributes:
         activation: a row of ACTIVATIONS.
@@ -56,6 +58,8 @@ class Linear(OpSpec):
         maps: how many there are; more than one only without activation.
         residual: a further row is added to a single map without activation.
         alpha: that row is multiplied by the attribute `alpha` (DeepNorm, arXiv 2203.00555).
+        norm: an RMSNorm or LayerNorm of x in front, without scale and bias; its statistics are
+            f32, its result is rounded to dtype.
     """
 
     activation: str = "identity"
@@ -66,6 +70,7 @@ class Linear(OpSpec):
     maps: int = 1
     residual: bool = False
     alpha: bool = False
+    norm: Literal["none", "rms", "ln"] = "none"
 
     @property
     def row(self) -> Activation:
@@ -80,12 +85,20 @@ class Linear(OpSpec):
         tokens = [f"{self.maps}maps"] if self.maps > 1 else []
         tokens += [self.activation] if self.gated or self.activation != "identity" else []
         tokens += [flag for flag in ("bias", "residual", "alpha") if getattr(self, flag)]
+        tokens += [self.norm] if self.norm != "none" else []
         tokens += [self.dtype] if self.dtype != "f32" else []
         tokens += ["stepwise"] if self.precision == "storage" else []
         return tuple(tokens)
 
     @classmethod
     def variants(cls) -> Iterator[Self]:
+        for spec in cls._of_rows_as_they_are():
+            yield spec
+            yield dataclasses.replace(spec, norm="rms")
+            yield dataclasses.replace(spec, norm="ln")
+
+    @classmethod
+    def _of_rows_as_they_are(cls) -> Iterator[Self]:
         dtypes: tuple[DType, ...] = ("f32", "f16", "bf16", "f64")
         for name, gated, bias, dtype in itertools.product(
             ACTIVATIONS, (False, True), (False, True), dtypes
@@ -111,6 +124,18 @@ class Linear(OpSpec):
     def one(self) -> Self:
         """The op of each of its maps alone."""
         return dataclasses.replace(self, maps=1)
+
+    @property
+    def products(self) -> Self:
+        """What each of its maps does to rows that are normalised already."""
+        return dataclasses.replace(self, maps=1, norm="none")
+
+    @property
+    def prologue(self) -> Norm | None:
+        """The norm in front, as an op over rows."""
+        if self.norm == "none":
+            return None
+        return Norm(centred=self.norm == "ln", dtype=self.dtype, scale=None)
 
     @property
     def plain(self) -> bool:
@@ -145,9 +170,13 @@ class Linear(OpSpec):
 
     @property
     def attributes(self) -> tuple[str, ...]:
-        return (*self.row.attributes, *(("alpha",) if self.alpha else ()))
+        own = (*self.row.attributes, *(("alpha",) if self.alpha else ()))
+        return own if self.prologue is None else (*own, *self.prologue.attributes)
 
     def write(self, body: Body) -> None:
+        if self.prologue is not None:
+            self.prologue.write(body)
+            body.result("rows", "y")
         matrix = body.let("matrix", "Constant <value_ints: ints = [0, -1]> ()")
         if not self.gated:
             for end in self._ends:
@@ -184,26 +213,31 @@ class Linear(OpSpec):
         return body.let("sum", f"Add ({value}, {row})")
 
     def _product(self, body: Body, name: str, weight: str, bias: str) -> str:
-        value = body.let(name, f"MatMul (x, {weight})")
+        rows = "x" if self.prologue is None else "rows"
+        value = body.let(name, f"MatMul ({rows}, {weight})")
         return body.let(f"{name}_biased", f"Add ({value}, {bias})") if self.bias else value
 
     def reference(
         self, inputs: Mapping[str, np.ndarray], attributes: Mapping[str, float]
     ) -> tuple[np.ndarray, ...]:
         wide = {name: np.asarray(value, np.float64) for name, value in inputs.items()}
+        numbers = dict(attributes)
+        if self.prologue is not None:
+            own = {name: numbers.pop(name) for name in self.prologue.attributes}
+            (wide["x"],) = self.prologue.reference({"x": wide["x"]}, own)
         if not self.gated:
             products = (
                 wide["x"] @ unpack(wide[f"weight{end}"]) + wide.get(f"bias{end}", 0.0)
                 for end in self._ends
             )
             if self.residual:
-                row = attributes.get("alpha", 1.0) * wide["residual"]
+                row = numbers.get("alpha", 1.0) * wide["residual"]
                 return tuple(product + row for product in products)
-            return tuple(self.row.numpy(product, **attributes) for product in products)
+            return tuple(self.row.numpy(product, **numbers) for product in products)
         panels = wide["weight"]
         gate = wide["x"] @ unpack(panels[0::2]) + wide.get("gate_bias", 0.0)
         up = wide["x"] @ unpack(panels[1::2]) + wide.get("up_bias", 0.0)
-        return (self.row.numpy(gate, **attributes) * up,)
+        return (self.row.numpy(gate, **numbers) * up,)
 
     def with_dtype(self, dtype: DType) -> Self:
         return dataclasses.replace(self, dtype=dtype, precision="f32")

@@ -208,11 +208,10 @@ class LinearOp:
         results = tuple(np.empty((*leading, width), dtype) for width in columns)
         rows = math.prod(leading)
         if rows:
-            numbers = [float(attributes[name]) for name in self.spec.attributes]
             reads = [{slot: arrays[slot.name] for slot in own} for own in maps]
             made = zip(self.spec.outputs, results, strict=True)
             outputs = [_by_row(slot, y, rows) for slot, y in made]
-            self._compute(_by_row(first, x, rows), reads, outputs, numbers)
+            self._compute(_by_row(first, x, rows), reads, outputs, attributes)
         return results if self.spec.maps > 1 else results[0]
 
     def _columns(
@@ -241,10 +240,13 @@ class LinearOp:
         x: np.ndarray,
         reads: Sequence[Mapping[Slot, np.ndarray]],
         outputs: Sequence[np.ndarray],
-        numbers: Sequence[float],
+        attributes: Mapping[str, float],
     ) -> None:
         """Lay out the rows of x, a block at a time, and multiply them with each map's weight."""
         rows, inner = x.shape
+        prologue = self.spec.prologue
+        first = [] if prologue is None else [float(attributes[n]) for n in prologue.attributes]
+        numbers = [float(attributes[name]) for name in self.spec.products.attributes]
         height = math.ceil(rows / math.ceil(rows / self.height))
         if height > 1:
             height += height % 2
@@ -253,7 +255,7 @@ class LinearOp:
         for begin in range(0, rows, block):
             part = slice(begin, min(begin + block, rows))
             count = part.stop - begin
-            self._lay_out(x[part], tiles, height, 0, count)
+            self._lay_out(x[part], tiles, height, 0, count, *first)
             for own, y in zip(reads, outputs, strict=True):
                 panels = y.shape[1] // PANEL
                 given = (

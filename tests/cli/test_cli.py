@@ -239,6 +239,7 @@ def test_usage_errors_exit_with_2(llama) -> None:
         ("--no-concat-linear", {"concat_linear": False}),
         ("--centre-residual", {"centre_residual": True}),
         ("--add-residual", {"add_residual": True}),
+        ("--norm-linear", {"norm_linear": True}),
         (None, {}),
     ],
 )

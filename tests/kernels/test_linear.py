@@ -5,7 +5,9 @@ Those of bf16 are called directly: onnxruntime could not run their bodies.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import itertools
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -19,11 +21,11 @@ from fusenorm.kernels import symbols
 from fusenorm.kernels.registers import LANES, Tile
 from fusenorm.lower import Target, build_library
 from fusenorm.lower.library import compile_module
-from fusenorm.ops import DTYPES, Linear
+from fusenorm.ops import DTYPES, Linear, Norm
 from fusenorm.ops.linear import PANEL, unpack
 from fusenorm.runtime.direct import open_library
-from tests.kernels.cases import evaluate, misaligned, pairwise
-from tests.ops.test_linear_op import BETA, model
+from tests.kernels.cases import FILLS, evaluate, inputs, misaligned, pairwise
+from tests.ops.test_linear_op import NUMBERS, model, numbers
 
 pytestmark = pytest.mark.kernel
 
@@ -38,9 +40,17 @@ SHAPED = [
     Linear("swish", gated=True, bias=True, dtype="f16"),
     Linear(bias=True, maps=3),
 ]
+NORMED = [
+    Linear(bias=True, maps=2, norm="rms"),
+    Linear("swish", gated=True, norm="ln"),
+    Linear(residual=True, norm="ln"),
+    Linear(bias=True, dtype="f16", norm="rms"),
+    Linear("gelu", bias=True, dtype="f16", norm="ln"),
+]
 IN_BF16 = [
     Linear("swish", True, True, "bf16", "storage"),
     Linear(bias=True, dtype="bf16", maps=2),
+    Linear(bias=True, dtype="bf16", norm="ln"),
 ]
 SPECS = pairwise(
     [
@@ -50,6 +60,11 @@ SPECS = pairwise(
     ]
 )
 MAPS = [Linear(bias=True, maps=2), Linear(maps=3)]
+ALONE = [
+    *(dataclasses.replace(spec, norm="none") for spec in NORMED),
+    *(Norm(centred, dtype=spec.dtype, scale=None) for spec in NORMED for centred in (False, True)),
+    *(Norm(centred, dtype="bf16", scale=None) for centred in (False, True)),
+]
 SHAPES = [
     ((2, 3), 1, PANEL), ((1, 1), 768, 96), ((250,), 700, 160), ((3, 33), 64, 1024),
     ((1,), 2048, 2048), ((60,), 5000, PANEL), ((2000,), 300, 11 * PANEL),
@@ -68,7 +83,7 @@ LEVELS = [
 def library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("linear") / f"{request.param}.so"
     build_library(
-        [*SPECS, *SHAPED, Linear(), Linear("relu", bias=True), *MAPS],
+        [*ALONE, *SPECS, *SHAPED, *NORMED, Linear(), Linear("relu", bias=True), *MAPS],
         Target.parse(request.param),
         path,
     )
@@ -96,7 +111,7 @@ def called(spec: Linear, library: Path) -> Run:
 
     def call(given: dict[str, np.ndarray]) -> list[np.ndarray]:
         arrays = [misaligned(array) for array in given.values()]
-        made = op(*arrays, **dict.fromkeys(spec.attributes, BETA))
+        made = op(*arrays, **numbers(spec))
         return list(made) if isinstance(made, tuple) else [made]
 
     return call
@@ -129,7 +144,7 @@ def round_each(spec: Linear, given: dict[str, np.ndarray]) -> tuple[np.ndarray, 
         value = (wide["x"] @ unpack(part)).astype(given["x"].dtype)
         parts.append(value + given[name] if spec.bias else value)
     if spec.residual:
-        row = given["residual"] * given["x"].dtype.type(BETA if spec.alpha else 1)
+        row = given["residual"] * given["x"].dtype.type(NUMBERS["alpha"] if spec.alpha else 1)
         return parts[0] + row, [*parts, row]
     if not spec.gated and spec.activation == "identity":
         return parts[0], parts
@@ -137,9 +152,25 @@ def round_each(spec: Linear, given: dict[str, np.ndarray]) -> tuple[np.ndarray, 
     return evaluate(spec.unit, dict(zip(inputs, parts, strict=True)))[0], parts
 
 
-def check(spec: Linear, given: dict[str, np.ndarray], made: list[np.ndarray]) -> None:
+def normalised(spec: Linear, x: np.ndarray, library: Path) -> np.ndarray:
+    """What the products read: in 16 bits the rows the norm's own kernel makes, which are held to
+    its body's elsewhere, so that what is compared here is as near as without a norm.
+    """
+    if spec.prologue is None:
+        return x
+    own = numbers(spec.prologue)
+    if spec.dtype in EQUAL:
+        return open_library(library)[spec.prologue.op_type](x, **own)  # type: ignore[return-value]
+    return spec.prologue.reference({"x": x}, own)[0]
+
+
+def check(
+    spec: Linear, given: dict[str, np.ndarray], made: list[np.ndarray], library: Path
+) -> None:
     """Each map against what it is alone."""
     assert len(made) == spec.maps
+    given = given | {"x": normalised(spec, given["x"], library)}
+    spec = dataclasses.replace(spec, norm="none")
     names = [slot.name for slot in spec.one.inputs]
     reads = len(names) - 1
     for index, y in enumerate(made):
@@ -168,7 +199,7 @@ def check_one(spec: Linear, given: dict[str, np.ndarray], made: np.ndarray) -> N
         plain = np.abs(rounded) > 2.0**-6
         assert np.mean(made[plain] == rounded[plain]) >= EQUAL[spec.dtype]
         return
-    (want,) = spec.reference(given, dict.fromkeys(spec.attributes, BETA))
+    (want,) = spec.reference(given, numbers(spec))
     assert made.shape == want.shape
     magnitudes = {name: np.abs(array) for name, array in given.items()}
     summed = Linear("identity", gated=spec.gated, bias=spec.bias, residual=spec.residual)
@@ -182,20 +213,20 @@ def test_every_op_and_row_count(spec: Linear, library: Path) -> None:
     run = running(spec, library)
     for rows in (1, 2, 3, 4, 5, 6, 7, 8, 9, 17):
         given = feeds(spec, (rows,), 33, 2 * PANEL)
-        check(spec, given, run(given))
+        check(spec, given, run(given), library)
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-@pytest.mark.parametrize("spec", SHAPED, ids=lambda spec: spec.op_type)
+@pytest.mark.parametrize("spec", [*SHAPED, *NORMED], ids=lambda spec: spec.op_type)
 def test_shapes_and_threads(spec: Linear, library: Path, threads: int) -> None:
     for rows, inner, columns in SHAPES:
         given = feeds(spec, rows, inner, columns)
         run = session(spec, library, threads, len(rows) + 1)
-        check(spec, given, run.run(None, given))
+        check(spec, given, run.run(None, given), library)
 
 
 @pytest.mark.parametrize(
-    "spec", [SHAPED[0], SHAPED[3], SHAPED[5], *IN_BF16], ids=lambda spec: spec.op_type
+    "spec", [SHAPED[0], SHAPED[3], SHAPED[5], *NORMED, *IN_BF16], ids=lambda spec: spec.op_type
 )
 def test_shapes_called_directly(spec: Linear, library: Path) -> None:
     run = called(spec, library)
@@ -203,7 +234,7 @@ def test_shapes_called_directly(spec: Linear, library: Path) -> None:
         given = feeds(spec, rows, inner, columns)
         made = run(given)
         if spec.dtype == "bf16":
-            check(spec, given, made)
+            check(spec, given, made, library)
         else:
             wanted = session(spec, library, rank=len(rows) + 1).run(None, given)
             assert all(map(np.array_equal, made, wanted))
@@ -219,7 +250,7 @@ def test_no_rows(library: Path) -> None:
 
 
 def test_nan_and_infinity_travel(library: Path) -> None:
-    for spec in (Linear(), *SHAPED[:-1], *IN_BF16):
+    for spec in (Linear(), *SHAPED[:-1], *NORMED, *IN_BF16):
         given = feeds(spec, (9,), 8, PANEL)
         given["x"][3, 2] = np.nan
         run = running(spec, library)
@@ -311,19 +342,37 @@ def test_y_may_lie_where_the_residual_does(spec: Linear, library: Path, threads:
         assert np.array_equal(place.numpy(), want)
 
 
+@pytest.mark.parametrize("spec", NORMED, ids=lambda spec: spec.op_type)
+def test_a_norm_in_front_gives_the_bits_of_the_norm_alone(spec: Linear, library: Path) -> None:
+    """Which is held to float64 on rows of every kind; here a second pass or a rounding may lack."""
+    prologue, plain = spec.prologue, dataclasses.replace(spec, norm="none")
+    assert prologue is not None
+    kernels = open_library(library)
+    for rows in (1, 2, 3, 4, 7, 14, 29):
+        for inner, fill in itertools.product((1, 33, 768), FILLS):
+            given = feeds(spec, (rows,), inner, 2 * PANEL)
+            given |= inputs(prologue, rows, inner, fill)
+            x = kernels[prologue.op_type](given["x"], **numbers(prologue))
+            wanted = session(plain, library).run(None, given | {"x": x})
+            for made in (session(spec, library).run(None, given), called(spec, library)(given)):
+                assert all(map(functools.partial(np.array_equal, equal_nan=True), made, wanted))
+
+
 @pytest.mark.parametrize("rows", [1, 2, 29])
-def test_y_may_lie_where_x_does_that_is_the_residual_too(library: Path, rows: int) -> None:
-    spec, width = SHAPED[3], 11 * PANEL
-    run = session(spec, library)
+@pytest.mark.parametrize("spec", [SHAPED[3], NORMED[2]], ids=lambda spec: spec.op_type)
+def test_y_may_lie_where_x_does_that_is_the_residual_too(
+    spec: Linear, library: Path, rows: int
+) -> None:
+    run, width = session(spec, library), 11 * PANEL
     given = feeds(spec, (rows,), width, width)
     given["residual"] = given["x"]
     (want,) = run.run(None, given)
     place = ort.OrtValue.ortvalue_from_numpy(given["x"].copy())
     binding = run.io_binding()
-    for name in ("weight", "bias"):
-        binding.bind_cpu_input(name, given[name])
-    binding.bind_ortvalue_input("x", place)
-    binding.bind_ortvalue_input("residual", place)
+    for name, array in given.items():
+        binding.bind_cpu_input(name, array)
+    for name in ("x", "residual"):
+        binding.bind_ortvalue_input(name, place)
     binding.bind_ortvalue_output("y", place)
     run.run_with_iobinding(binding)
     assert np.array_equal(place.numpy(), want)
@@ -348,7 +397,10 @@ def test_ops_of_one_type_lay_out_rows_alike(level: str) -> None:
 
     from fusenorm.kernels import linear
 
-    alike = [Linear(), Linear("swish", gated=True), Linear(bias=True, residual=True)]
-    assert len({symbols(spec)[1] for spec in alike}) == 1
-    one, *others = (linear.functions(spec, LANES[level])[1] for spec in alike)
-    assert all(tvm_ffi.structural_equal(one, other) for other in others)
+    plain = [Linear(), Linear("swish", gated=True), Linear(bias=True, residual=True)]
+    for norm in ("none", "rms", "ln"):
+        alike = [dataclasses.replace(spec, norm=norm) for spec in plain]  # type: ignore[arg-type]
+        assert len({symbols(spec)[1] for spec in alike}) == 1
+        one, *others = (linear.functions(spec, LANES[level])[1] for spec in alike)
+        assert all(tvm_ffi.structural_equal(one, other) for other in others)
+    assert len({symbols(Linear(norm=norm))[1] for norm in ("none", "rms", "ln")}) == 3  # type: ignore[arg-type]

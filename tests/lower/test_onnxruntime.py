@@ -298,8 +298,18 @@ def test_shapes_are_inferred_through_the_op(library: Path, tmp_path: Path) -> No
     )
 
 
-def test_a_residual_stream_runs_from_map_to_map(tmp_path: Path) -> None:
-    """Two blocks, compiled: what is left between the maps are norms of one row."""
+@pytest.mark.parametrize(
+    ("options", "between"),
+    [
+        (fusenorm.Options(add_residual=True), {"LayerNorm_noscale", "Linear_relu_bias"}),
+        (fusenorm.Options(add_residual=True, norm_linear=True), {"Linear_relu_bias_ln"}),
+    ],
+    ids=["sums", "sums and norms"],
+)
+def test_a_residual_stream_runs_from_map_to_map(
+    tmp_path: Path, options: fusenorm.Options, between: set[str]
+) -> None:
+    """Two blocks, compiled: what is left between the maps are norms of one row, or nothing."""
     body = "\n".join(
         f"""p{i} = MatMul (n{i}, up{i})\n a{i} = Relu (p{i})\n f{i} = MatMul (a{i}, down{i})
         s{i + 1} = Add (s{i}, f{i})\n n{i + 1} = LayerNormalization (s{i + 1}, g, g)"""
@@ -314,10 +324,9 @@ def test_a_residual_stream_runs_from_map_to_map(tmp_path: Path) -> None:
         "float[b,s,32] n2",
         constants=constants,
     )
-    options = fusenorm.Options(add_residual=True)
     compiled = fusenorm.compile(fusenorm.optimize(proto), tune=False, options=options)
     kinds = {node.op_type for node in compiled.model.graph}
-    assert kinds == {"LayerNorm_noscale", "Linear_relu_bias", "Linear_residual", "LayerNorm_bias"}
+    assert kinds == {"Linear_residual", "LayerNorm_bias", *between}
     running = fusenorm.load(compiled.save(tmp_path / "blocks.fnorm"), threads=2)
     for rows in ((1, 1), (2, 9), (5, 40)):
         feed = {"s0": random.standard_normal((*rows, 32)).astype(np.float32)}

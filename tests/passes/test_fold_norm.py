@@ -420,7 +420,7 @@ NORMS = [
 ENDS = [
     spec
     for spec in Linear.variants()
-    if spec.dtype == "f32" and spec.maps == 1 and not spec.residual
+    if spec.dtype == "f32" and spec.maps == 1 and not spec.residual and spec.norm == "none"
 ]
 
 

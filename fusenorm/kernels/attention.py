@@ -26,6 +26,7 @@ _STEP = 64  # of D: successive numbers of a row in the tile of q
 _PACKED = 4  # rows from which packing keys pays
 _TRIMMED = 32  # rows from which looking at the mask pays
 _LINE = 16  # numbers of a cache line
+_AHEAD = 512  # numbers of a panel of keys read ahead of their use
 # With scores within ±1e34, a weight whose mask is at most _DROPPED underflows to 0 beside one whose
 # mask is at least _KEPT.
 _DROPPED, _KEPT, _TAME = -1e37, -1e35, 1e15
@@ -394,10 +395,10 @@ class _Kernel:
                 tile = T.bind(self.tile_q + step * (_STEP * self.rows))
                 part = T.bind(start + step * (_STEP * self.panel))
                 with T.serial(T.min(T.int64(_STEP), inner - step * _STEP)) as d:
-                    keys = [
-                        T.bind(self.scratch[self._ramp(part + d * self.panel + j * self.width)])
-                        for j in range(2)
-                    ]
+                    places = [part + d * self.panel + j * self.width for j in range(2)]
+                    for at in places:
+                        prefetch(self.scratch[at + _AHEAD], 1)
+                    keys = [T.bind(self.scratch[self._ramp(at)]) for at in places]
                     for i in range(size):
                         value = T.bind(self.lanes.spread(self.scratch[tile + d + i * _STEP]))
                         for j in range(2):

@@ -25,6 +25,7 @@ from fusenorm.ops.linear import PANEL
 
 # Bytes of a panel fetched ahead of their use: the hardware's own prefetching stops at each page.
 # Few rows wait for memory: what is still far off is kept from taking the first cache's own buffers.
+# Of many rows the tile itself is fetched too.
 _AHEAD, _FAR, _NEAR, _LINE = 8192, 16384, 2048, 64
 _POINT = 16  # bits behind the binary point
 # Tiles that share the fetching of the next panel.
@@ -181,6 +182,8 @@ def _accumulate(
                 column = T.ramp(place.offset + vector * tile.lanes, 1, tile.lanes)
                 stored = weight[panel, k, column]
                 weights.append(T.bind(widen(lanes, spec.dtype, stored)))
+        if several:
+            prefetch(tiles[place.start + k * rows + _NEAR // 4], 1)
         for i in range(rows):
             spread = T.bind(lanes.spread(tiles[place.start + k * rows + i]))
             for j in range(per_row):

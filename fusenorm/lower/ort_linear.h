@@ -149,8 +149,9 @@ static OrtStatus* linear_map(LinearJob* job, const OrtValue** values, int map, c
       job->panels[map] = shape[0] / op->parts;
       job->columns[map] = job->panels[map] * PANEL;
     } else if (slot->layout == ROW) {
-      if (other != rank || shape[rank - 1] != job->columns[map] ||
-          memcmp(shape, dims, (rank - 1) * sizeof *dims) != 0)
+      int fits = other == rank && shape[rank - 1] == job->columns[map];
+      for (size_t axis = 0; fits && axis + 1 < rank; ++axis) fits = shape[axis] == dims[axis];
+      if (!fits)
         return fail_slot(state, slot, "does not have the shape of y");
     } else {
       int64_t size = 1;

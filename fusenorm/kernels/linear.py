@@ -29,7 +29,7 @@ from fusenorm.ops.linear import PANEL
 _AHEAD, _FAR, _NEAR, _LINE = 8192, 16384, 2048, 64
 _POINT = 16  # bits behind the binary point
 # Tiles that share the fetching of the next panel.
-_SHARES = 4
+_SHARES = 8
 # Rows of a tile from which laying them out as vectors pays.
 _TRANSPOSED = 4
 _SCALAR = Lanes(1)
@@ -38,12 +38,13 @@ _SCALAR = Lanes(1)
 def functions(spec: Linear, lanes: int) -> list[Any]:
     """The PrimFuncs of one map of `spec` with vectors of `lanes` f32, in the order of `symbols`.
 
-    Both see the M rows in tiles of `height` rows, which is 1 or even and at most `Tile.rows`; the
-    last tile may have fewer rows, of an odd number its last one twice. The first multiplies: tiles
-    f32 [(M + 1)·K], weight [P, K, PANEL], the biases [N], residual [M, N], y [M, N], int64 height,
-    first and last row, first and last panel of y, then the attributes as float32; residual may be
-    y itself. The second makes the tiles: x [M, K], tiles, height, first and last row, then
-    epsilon as float32 if it normalises the rows. First rows are those of a tile.
+    Both see the M rows in tiles: the first `taller` of height + 2 rows, the others of `height`,
+    which is 1 or even; none has more than `Tile.rows`, the last may have one fewer and then that
+    one twice. The first multiplies: tiles f32 [(M + 1)·K], weight [P, K, PANEL], the biases [N],
+    residual [M, N], y [M, N], int64 height, taller, first and last tile, first and last panel of
+    y, then the attributes as float32; residual may be y itself. The second makes the tiles:
+    x [M, K], tiles, height, taller, first and last tile, then epsilon as float32 if it normalises
+    the rows.
     """
     product, tiles = symbols(spec)
     tile = Tile.of(spec, lanes)
@@ -69,8 +70,8 @@ def _buffer(slot: Slot, handle: Expr, shape: tuple[Any, ...]) -> Any:
 def _multiply(spec: Linear, tile: Tile) -> None:
     slots = {slot.name: slot for slot in (*spec.inputs, *spec.outputs)}
     handles = {name: T.arg(name, T.handle()) for name in slots}
-    height, begin, end, first, last = _integers(
-        "height", "row_begin", "row_end", "panel_begin", "panel_end"
+    height, taller, begin, end, first, last = _integers(
+        "height", "taller", "tile_begin", "tile_end", "panel_begin", "panel_end"
     )
     numbers = {name: T.arg(name, T.float32()) for name in spec.attributes}
     rows, inner, columns, panels = T.int64(), T.int64(), T.int64(), T.int64()
@@ -88,10 +89,9 @@ def _multiply(spec: Linear, tile: Tile) -> None:
         panel = T.bind(first + step // steps)
         offset = T.bind((step % steps) * tile.width)
         column = T.bind(panel * PANEL + offset)
-        count = T.bind(T.truncdiv(end - begin + (height - 1), height))
+        count = T.bind(end - begin)
         with T.serial(count) as index:
-            row = T.bind(begin + index * height)
-            size = T.bind(T.min(height, end - row))
+            row, size = _rows(begin + index, height, taller, rows)
             place = _Place(
                 T.bind(row * inner), panel, offset, *_fetched(spec, tile, inner, index, count)
             )
@@ -140,6 +140,13 @@ def _fetched(spec: Linear, tile: Tile, inner: Expr, index: Expr, count: Expr) ->
 def _lines(spec: Linear) -> int:
     """Cache lines of a row of a panel."""
     return PANEL * DTYPES[spec.dtype].numpy.itemsize // _LINE
+
+
+def _rows(tile: Expr, height: Expr, taller: Expr, rows: Expr) -> tuple[Expr, Expr]:
+    """The first row of a tile, and how many it has."""
+    first = T.bind(tile * height + T.min(tile, taller) * 2)
+    most = height + T.Select(tile < taller, T.int64(2), T.int64(0))
+    return first, T.bind(T.min(most, rows - first))
 
 
 def _padded(size: Expr) -> Expr:
@@ -198,7 +205,7 @@ def _accumulate(
 
 def _lay_out(spec: Linear, tile: Tile) -> None:
     source, target = T.arg("x", T.handle()), T.arg("tiles", T.handle())
-    height, begin, end = _integers("height", "row_begin", "row_end")
+    height, taller, begin, end = _integers("height", "taller", "tile_begin", "tile_end")
     norm = spec.prologue
     numbers = {name: T.arg(name, T.float32()) for name in (norm.attributes if norm else ())}
     rows, inner = T.int64(), T.int64()
@@ -212,9 +219,8 @@ def _lay_out(spec: Linear, tile: Tile) -> None:
             return prologue.value(lanes, stored, i)
         return lanes.let(widen(lanes, spec.dtype, stored))
 
-    with T.serial(T.truncdiv(end - begin + (height - 1), height)) as index:
-        row = T.bind(begin + index * height)
-        size = T.bind(T.min(height, end - row))
+    with T.serial(end - begin) as index:
+        row, size = _rows(begin + index, height, taller, rows)
         start, padded = T.bind(row * inner), _padded(size)
         if prologue is not None:
             prologue.measure_tile(row, size)

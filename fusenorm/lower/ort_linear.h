@@ -15,8 +15,8 @@ typedef struct {
   char* tiles; /* x as the kernel reads it: f32 */
   int64_t rows, inner;
   int64_t columns[MAX_OUTPUTS], panels[MAX_OUTPUTS]; /* of each y; none if it is not wanted */
-  int64_t height;                       /* rows of a tile */
-  int64_t layout_block, row_block, panel_block, panel_blocks;
+  int64_t height, taller, count; /* rows of a tile, tiles of two rows more, tiles */
+  int64_t layout_block, row_block, panel_block, panel_blocks; /* the first two of tiles */
   atomic_int failed;
 } LinearJob;
 
@@ -25,7 +25,7 @@ static const Slot TILES = {"tiles", 1, 4, ROW};
 /* A kernel on `n` tensors, `count` numbers and the attributes [first, last). */
 static void linear_call(LinearJob* job, Kernel kernel, Tensor* tensors, int n,
                         const int64_t* numbers, int count, int first, int last) {
-  Argument arguments[MAX_INPUTS + 1 + 5 + MAX_ATTRIBUTES], result = {0, 0, {0}};
+  Argument arguments[MAX_INPUTS + 1 + 6 + MAX_ATTRIBUTES], result = {0, 0, {0}};
   int made = 0;
   for (int i = 0; i < n; ++i)
     arguments[made++] = (Argument){ARGUMENT_TENSOR, 0, {.pointer = &tensors[i]}};
@@ -39,17 +39,18 @@ static void linear_call(LinearJob* job, Kernel kernel, Tensor* tensors, int n,
 static int64_t upto(int64_t end, int64_t most) { return end < most ? end : most; }
 static int64_t shares(int64_t whole, int64_t share) { return (whole + share - 1) / share; }
 
-/* Tiles of a block of rows. */
+/* A block of tiles. */
 static void layout_task(void* data, size_t index) {
   LinearJob* job = data;
   int64_t shape[2] = {job->rows, job->inner}, size = (job->rows + 1) * job->inner;
-  int64_t row = (int64_t)index * job->layout_block;
-  int64_t numbers[3] = {job->height, row, upto(row + job->layout_block, job->rows)};
+  int64_t tile = (int64_t)index * job->layout_block;
+  int64_t numbers[4] = {job->height, job->taller, tile,
+                        upto(tile + job->layout_block, job->count)};
   const Op* op = job->state->op;
   Tensor tensors[2];
   set_tensor(&tensors[0], shape, 2, job->input[0], &op->input[0]);
   set_tensor(&tensors[1], &size, 1, job->tiles, &TILES);
-  linear_call(job, op->other, tensors, 2, numbers, 3, op->attributes - op->norm, op->attributes);
+  linear_call(job, op->other, tensors, 2, numbers, 4, op->attributes - op->norm, op->attributes);
 }
 
 /* Inputs of a map. */
@@ -58,14 +59,15 @@ static int linear_reads(const Op* op) { return (op->inputs - 1) / op->outputs; }
 static void linear_task(void* data, size_t index) {
   LinearJob* job = data;
   const Op* op = job->state->op;
-  int64_t row = (int64_t)index / job->panel_blocks * job->row_block;
+  int64_t tile = (int64_t)index / job->panel_blocks * job->row_block;
   int64_t block = (int64_t)index % job->panel_blocks;
   int map = 0, reads = linear_reads(op);
   for (int64_t own; block >= (own = shares(job->panels[map], job->panel_block)); ++map)
     block -= own;
   int64_t panel = block * job->panel_block;
-  int64_t numbers[5] = {job->height, row, upto(row + job->row_block, job->rows), panel,
-                        upto(panel + job->panel_block, job->panels[map])};
+  int64_t numbers[6] = {job->height, job->taller,
+                        tile, upto(tile + job->row_block, job->count),
+                        panel, upto(panel + job->panel_block, job->panels[map])};
   int64_t size = (job->rows + 1) * job->inner;
   int64_t panels[3] = {job->panels[map] * op->parts, job->inner, PANEL};
   int64_t result[2] = {job->rows, job->columns[map]};
@@ -80,7 +82,7 @@ static void linear_task(void* data, size_t index) {
     }
   }
   set_tensor(&tensors[reads + 1], result, 2, job->output[map], &op->output[map]);
-  linear_call(job, op->kernel, tensors, reads + 2, numbers, 5, 0, op->attributes - op->norm);
+  linear_call(job, op->kernel, tensors, reads + 2, numbers, 6, 0, op->attributes - op->norm);
 }
 
 static int64_t linear_panel_blocks(const LinearJob* job) {
@@ -90,17 +92,23 @@ static int64_t linear_panel_blocks(const LinearJob* job) {
   return blocks;
 }
 
-/* Tiles of the same even height. Row blocks first; then panels, until tasks are too small to share out. */
+/* Tiles of even heights, as few and as alike as can be: a flat one waits for its panels. */
+static void linear_tiles(LinearJob* job) {
+  int64_t pairs = shares(job->rows, 2);
+  job->count = shares(job->rows, job->state->op->tile);
+  job->height = job->rows == 1 ? 1 : pairs / job->count * 2;
+  job->taller = job->rows == 1 ? 0 : pairs % job->count;
+}
+
+/* Row blocks first; then panels, until tasks are too small to share out. */
 static int64_t linear_tasks(LinearJob* job) {
-  int64_t tiles = shares(job->rows, job->state->op->tile);
-  job->height = shares(job->rows, tiles);
-  if (job->height > 1) job->height += job->height % 2;
-  tiles = shares(job->rows, job->height);
+  linear_tiles(job);
   int64_t high = BLOCK_BYTES / (4 * (job->inner + 1) * job->height);
-  int64_t blocks = high > 1 ? shares(tiles, high) : tiles;
-  job->row_block = shares(tiles, blocks) * job->height;
-  blocks = shares(job->rows, job->row_block);
-  double rows = (double)(job->row_block < BOUND_ROWS ? BOUND_ROWS : job->row_block);
+  int64_t blocks = high > 1 ? shares(job->count, high) : job->count;
+  job->row_block = shares(job->count, blocks);
+  blocks = shares(job->count, job->row_block);
+  double rows = (double)(job->row_block * job->height);
+  if (rows < BOUND_ROWS) rows = BOUND_ROWS;
   double work = rows * (double)job->inner * PANEL * job->state->op->parts;
   job->panel_block = 1 + (int64_t)(LINEAR_TASK / (work + 1));
   int64_t most = MAX_TASKS / blocks, panels = 0;
@@ -128,8 +136,8 @@ static OrtStatus* linear_layout(LinearJob* job, OrtKernelContext* context, void*
   *made = malloc((size_t)((job->rows + 1) * job->inner) * 4 + 64);
   if (*made == NULL) return CreateStatus(ORT_FAIL, "fusenorm: out of memory");
   job->tiles = (char*)*made + (64 - (uintptr_t)*made % 64) % 64;
-  job->layout_block = (1 + LAYOUT_TASK / (job->inner * job->height + 1)) * job->height;
-  int64_t tasks = shares(job->rows, job->layout_block);
+  job->layout_block = 1 + LAYOUT_TASK / (job->inner * job->height + 1);
+  int64_t tasks = shares(job->count, job->layout_block);
   return linear_share(context, layout_task, tasks, job);
 }
 

@@ -171,7 +171,7 @@ class LinearOp:
 
     Attributes:
         spec: its declaration.
-        height: rows of its kernel's tile.
+        height: the most rows of its kernel's tiles.
     """
 
     spec: Linear
@@ -247,22 +247,27 @@ class LinearOp:
         prologue = self.spec.prologue
         first = [] if prologue is None else [float(attributes[n]) for n in prologue.attributes]
         numbers = [float(attributes[name]) for name in self.spec.products.attributes]
-        height = math.ceil(rows / math.ceil(rows / self.height))
-        if height > 1:
-            height += height % 2
-        block = height * max(1, _BLOCK // (4 * (inner + 1) * height))
+        block = self.height * max(1, _BLOCK // (4 * (inner + 1) * self.height))
         tiles = np.empty((min(block, rows) + 1) * inner, np.float32)
         for begin in range(0, rows, block):
             part = slice(begin, min(begin + block, rows))
-            count = part.stop - begin
-            self._lay_out(x[part], tiles, height, 0, count, *first)
+            shape = self._tiles(part.stop - begin)
+            self._lay_out(x[part], tiles, *shape, *first)
             for own, y in zip(reads, outputs, strict=True):
                 panels = y.shape[1] // PANEL
                 given = (
                     _by_row(slot, array, rows)[part] if slot.layout == "row" else _bits(slot, array)
                     for slot, array in own.items()
                 )
-                self._multiply(tiles, *given, y[part], height, 0, count, 0, panels, *numbers)
+                self._multiply(tiles, *given, y[part], *shape, 0, panels, *numbers)
+
+    def _tiles(self, rows: int) -> tuple[int, int, int, int]:
+        """The height of tiles, how many have two rows more, the first of them and the last."""
+        count = math.ceil(rows / self.height)
+        if rows == 1:
+            return 1, 0, 0, count
+        half, taller = divmod(math.ceil(rows / 2), count)
+        return 2 * half, taller, 0, count
 
 
 def _arrays(

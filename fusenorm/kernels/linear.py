@@ -102,8 +102,14 @@ def _multiply(spec: Linear, tile: Tile) -> None:
                     for later in range(0, tile.width, _LINE // item):
                         prefetch(buffers["residual"][row + i, column + later], 1)
             for known in (1, *range(2, tile.rows + 1, 2)):
-                with T.If(padded == known), T.Then():
-                    _accumulate(spec, tile, tiles, buffers["weight"], sums, known, place)
+                fits = padded == known
+                held = (spec, tile, tiles, buffers["weight"], sums, known, place)
+                if 2 * known > tile.rows:  # as many as one of several tiles has
+                    with T.If(T.And(fits, count > 1)), T.Then():
+                        _accumulate(*held, several=True)
+                    fits = T.And(fits, count == 1)
+                with T.If(fits), T.Then():
+                    _accumulate(*held, several=False)
             epilogue.finish(row, size, column)
 
 
@@ -131,7 +137,7 @@ def _fetched(spec: Linear, tile: Tile, inner: Expr, index: Expr, count: Expr) ->
     lines = T.bind(inner * _lines(spec))
     shares = T.bind(T.min(count, T.int64(_SHARES)))
     share = T.bind(T.truncdiv(lines, shares))
-    idle = T.Or(count == 1, index >= shares)
+    idle = index >= shares
     far = T.Select(idle, T.int64(0), lines * tile.parts + index * share)
     pace = T.Select(idle, T.int64(0), T.truncdiv(T.int64(_lines(spec) << _POINT), shares))
     return T.bind(far), T.bind(pace)
@@ -167,11 +173,15 @@ def _accumulate(
     sums: Any,
     rows: int,
     place: _Place,
+    *,
+    several: bool,
 ) -> None:
-    """Products of a tile of `rows` rows with the tile's columns, left in `sums`."""
+    """Products of a tile of `rows` rows with the tile's columns, left in `sums`.
+
+    several: other tiles pass the same panels.
+    """
     lanes, per_row = Lanes(tile.lanes), tile.vectors * tile.parts
     size = DTYPES[spec.dtype].numpy.itemsize
-    several = 2 * rows > tile.rows  # as many as one of several tiles has
     totals = lanes.zeros(rows * per_row)
     with T.serial(weight.shape[1]) as k:
         weights = []

@@ -2,16 +2,16 @@
 
 The rows of x are laid out once, in tiles of some rows: per column of x its numbers of those rows,
 widened to f32 and normalised, if the op does so. The accumulators of a tile fill most vector
-registers; tiles and panels are both read from front to back, 16-bit weights are widened in
-registers. A tile's sums go through a small buffer to the epilogue, which is the row program of the
-activation or gated unit.
+registers; tiles and panels are both read from front to back. 16-bit weights are widened in
+registers; the first of several tiles leaves them in f32 for the others. A tile's sums go through
+a small buffer to the epilogue, which is the row program of the activation or gated unit.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import tvm.script.ir_builder.tirx as T
 
@@ -41,7 +41,8 @@ def functions(spec: Linear, lanes: int) -> list[Any]:
     Both see the M rows in tiles: the first `taller` of height + 2 rows, the others of `height`,
     which is 1 or even; none has more than `Tile.rows`, the last may have one fewer and then that
     one twice. The first multiplies: tiles f32 [(M + 1)·K], weight [P, K, PANEL], the biases [N],
-    residual [M, N], y [M, N], int64 height, taller, first and last tile, first and last panel of
+    residual [M, N], y [M, N], of 16-bit weights wide f32 [K·PANEL, or twice that for a gated unit]
+    to write to, int64 height, taller, first and last tile, first and last panel of
     y, then the attributes as float32; residual may be y itself. The second makes the tiles:
     x [M, K], tiles, height, taller, first and last tile, then epsilon as float32 if it normalises
     the rows.
@@ -70,6 +71,9 @@ def _buffer(slot: Slot, handle: Expr, shape: tuple[Any, ...]) -> Any:
 def _multiply(spec: Linear, tile: Tile) -> None:
     slots = {slot.name: slot for slot in (*spec.inputs, *spec.outputs)}
     handles = {name: T.arg(name, T.handle()) for name in slots}
+    wide = None
+    if spec.dtype != "f32":
+        wide = T.match_buffer(T.arg("wide", T.handle()), (T.int64(),), "float32", align=4)
     height, taller, begin, end, first, last = _integers(
         "height", "taller", "tile_begin", "tile_end", "panel_begin", "panel_end"
     )
@@ -102,15 +106,42 @@ def _multiply(spec: Linear, tile: Tile) -> None:
                     for later in range(0, tile.width, _LINE // item):
                         prefetch(buffers["residual"][row + i, column + later], 1)
             for known in (1, *range(2, tile.rows + 1, 2)):
-                fits = padded == known
-                held = (spec, tile, tiles, buffers["weight"], sums, known, place)
+                turns: dict[_Turn, Expr] = {"only": padded == known}
                 if 2 * known > tile.rows:  # as many as one of several tiles has
-                    with T.If(T.And(fits, count > 1)), T.Then():
-                        _accumulate(*held, several=True)
-                    fits = T.And(fits, count == 1)
-                with T.If(fits), T.Then():
-                    _accumulate(*held, several=False)
+                    turns["later"] = T.And(turns["only"], count > 1)
+                    turns["only"] = T.And(turns["only"], count == 1)
+                    if wide is not None:
+                        turns["first"] = T.And(turns["later"], index == 0)
+                        turns["later"] = T.And(turns["later"], index > 0)
+                for turn, holds in turns.items():
+                    with T.If(holds), T.Then():
+                        panels_of = _Panels(buffers["weight"], wide, turn)
+                        _accumulate(spec, tile, tiles, panels_of, sums, known, place)
             epilogue.finish(row, size, column)
+
+
+# Of a tile among those that pass the same panels.
+_Turn = Literal["only", "first", "later"]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Panels:
+    """What a tile multiplies with.
+
+    Attributes:
+        weight: [P, K, PANEL].
+        wide: the columns of the tile in f32, row after row: the first tile makes them, later ones
+            read them; none of f32 weights.
+        turn: of the tile.
+    """
+
+    weight: Any
+    wide: Any
+    turn: _Turn
+
+    @property
+    def widened(self) -> bool:
+        return self.wide is not None and self.turn == "later"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,17 +200,13 @@ def _accumulate(
     spec: Linear,
     tile: Tile,
     tiles: Any,
-    weight: Any,
+    panels: _Panels,
     sums: Any,
     rows: int,
     place: _Place,
-    *,
-    several: bool,
 ) -> None:
-    """Products of a tile of `rows` rows with the tile's columns, left in `sums`.
-
-    several: other tiles pass the same panels.
-    """
+    """Products of a tile of `rows` rows with the tile's columns, left in `sums`."""
+    weight, wide, several = panels.weight, panels.wide, panels.turn != "only"
     lanes, per_row = Lanes(tile.lanes), tile.vectors * tile.parts
     size = DTYPES[spec.dtype].numpy.itemsize
     totals = lanes.zeros(rows * per_row)
@@ -188,17 +215,27 @@ def _accumulate(
         line = T.bind(place.far + T.shift_right(k * place.pace, _POINT))
         for part in range(tile.parts):
             panel = place.panel * tile.parts + part
-            for column in range(0, tile.width, _LINE // size):
-                ahead = {1: _AHEAD} if several else {2: _FAR, 1: _NEAR}
-                for level, count in ahead.items():
-                    later = k + count // (PANEL * size)
-                    prefetch(weight[panel, later, place.offset + column], level)
+            row = T.bind((k * tile.parts + part) * tile.width)
+            if panels.widened:
+                for column in range(0, tile.width, _LINE // 4):
+                    prefetch(wide[row + column + _AHEAD // 4], 1)
+            else:
+                for column in range(0, tile.width, _LINE // size):
+                    ahead = {1: _AHEAD} if several else {2: _FAR, 1: _NEAR}
+                    for level, count in ahead.items():
+                        later = k + count // (PANEL * size)
+                        prefetch(weight[panel, later, place.offset + column], level)
             if several:
                 prefetch(weight[panel, T.int64(0), line * (_LINE // size)], 2)
             for vector in range(tile.vectors):
+                kept = T.ramp(row + vector * tile.lanes, 1, tile.lanes)
+                if panels.widened:
+                    weights.append(T.bind(wide[kept]))
+                    continue
                 column = T.ramp(place.offset + vector * tile.lanes, 1, tile.lanes)
-                stored = weight[panel, k, column]
-                weights.append(T.bind(widen(lanes, spec.dtype, stored)))
+                weights.append(T.bind(widen(lanes, spec.dtype, weight[panel, k, column])))
+                if panels.turn == "first":
+                    T.buffer_store(wide, weights[-1], [kept])
         if several:
             prefetch(tiles[place.start + k * rows + _NEAR // 4], 1)
         for i in range(rows):

@@ -69,7 +69,7 @@ static void attention_task(void* data, size_t index) {
   if (last > job->units) last = job->units;
   if (end > job->rows) end = job->rows;
   char* block = malloc(4 * attention_scratch(job) + 64);
-  char* scratch = block + (64 - (uintptr_t)block % 64) % 64;
+  char* scratch = aligned(block);
   if (block == NULL) job->failed = 1;
   for (; unit < last && block != NULL; ++unit)
     if (attention_unit(job, unit, begin, end, scratch) != 0) job->failed = 1;

@@ -20,12 +20,12 @@ typedef struct {
   atomic_int failed;
 } LinearJob;
 
-static const Slot TILES = {"tiles", 1, 4, ROW};
+static const Slot TILES = {"tiles", 1, 4, ROW}, WIDE = {"wide", 1, 4, ROW};
 
 /* A kernel on `n` tensors, `count` numbers and the attributes [first, last). */
 static void linear_call(LinearJob* job, Kernel kernel, Tensor* tensors, int n,
                         const int64_t* numbers, int count, int first, int last) {
-  Argument arguments[MAX_INPUTS + 1 + 6 + MAX_ATTRIBUTES], result = {0, 0, {0}};
+  Argument arguments[MAX_INPUTS + 2 + 6 + MAX_ATTRIBUTES], result = {0, 0, {0}};
   int made = 0;
   for (int i = 0; i < n; ++i)
     arguments[made++] = (Argument){ARGUMENT_TENSOR, 0, {.pointer = &tensors[i]}};
@@ -53,6 +53,8 @@ static void layout_task(void* data, size_t index) {
   linear_call(job, op->other, tensors, 2, numbers, 4, op->attributes - op->norm, op->attributes);
 }
 
+static char* aligned(char* memory) { return memory + (64 - (uintptr_t)memory % 64) % 64; }
+
 /* Inputs of a map. */
 static int linear_reads(const Op* op) { return (op->inputs - 1) / op->outputs; }
 
@@ -71,7 +73,7 @@ static void linear_task(void* data, size_t index) {
   int64_t size = (job->rows + 1) * job->inner;
   int64_t panels[3] = {job->panels[map] * op->parts, job->inner, PANEL};
   int64_t result[2] = {job->rows, job->columns[map]};
-  Tensor tensors[MAX_INPUTS + 1];
+  Tensor tensors[MAX_INPUTS + 2];
   set_tensor(&tensors[0], &size, 1, job->tiles, &TILES);
   for (int i = 1; i <= reads; ++i) {
     int at = map * reads + i;
@@ -82,7 +84,19 @@ static void linear_task(void* data, size_t index) {
     }
   }
   set_tensor(&tensors[reads + 1], result, 2, job->output[map], &op->output[map]);
-  linear_call(job, op->kernel, tensors, reads + 2, numbers, 6, 0, op->attributes - op->norm);
+  int made = reads + 2;
+  char* wide = NULL;
+  if (op->input[1].bytes == 2) { /* room for the columns of several tiles in f32 */
+    int64_t columns = job->count > 1 ? job->inner * PANEL * op->parts : 0;
+    wide = malloc((size_t)columns * 4 + 64);
+    if (wide == NULL) {
+      job->failed = 1;
+      return;
+    }
+    set_tensor(&tensors[made++], &columns, 1, aligned(wide), &WIDE);
+  }
+  linear_call(job, op->kernel, tensors, made, numbers, 6, 0, op->attributes - op->norm);
+  free(wide);
 }
 
 static int64_t linear_panel_blocks(const LinearJob* job) {
@@ -135,7 +149,7 @@ static OrtStatus* linear_layout(LinearJob* job, OrtKernelContext* context, void*
   if (job->rows == 1 && op->input[0].bytes == 4 && !op->norm && kept) return NULL;
   *made = malloc((size_t)((job->rows + 1) * job->inner) * 4 + 64);
   if (*made == NULL) return CreateStatus(ORT_FAIL, "fusenorm: out of memory");
-  job->tiles = (char*)*made + (64 - (uintptr_t)*made % 64) % 64;
+  job->tiles = aligned(*made);
   job->layout_block = 1 + LAYOUT_TASK / (job->inner * job->height + 1);
   int64_t tasks = shares(job->count, job->layout_block);
   return linear_share(context, layout_task, tasks, job);

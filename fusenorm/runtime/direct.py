@@ -249,6 +249,9 @@ class LinearOp:
         numbers = [float(attributes[name]) for name in self.spec.products.attributes]
         block = self.height * max(1, _BLOCK // (4 * (inner + 1) * self.height))
         tiles = np.empty((min(block, rows) + 1) * inner, np.float32)
+        wide = []
+        if self.spec.dtype != "f32":
+            wide = [np.empty(inner * PANEL * (2 if self.spec.gated else 1), np.float32)]
         for begin in range(0, rows, block):
             part = slice(begin, min(begin + block, rows))
             shape = self._tiles(part.stop - begin)
@@ -259,7 +262,7 @@ class LinearOp:
                     _by_row(slot, array, rows)[part] if slot.layout == "row" else _bits(slot, array)
                     for slot, array in own.items()
                 )
-                self._multiply(tiles, *given, y[part], *shape, 0, panels, *numbers)
+                self._multiply(tiles, *given, y[part], *wide, *shape, 0, panels, *numbers)
 
     def _tiles(self, rows: int) -> tuple[int, int, int, int]:
         """The height of tiles, how many have two rows more, the first of them and the last."""

@@ -85,10 +85,12 @@ class AddResidual(RewritePass):
         for graph in list(model.graphs()):
             for total in filter(None, map(_read, list(graph))):
                 proposal = _propose(total)
-                made = self.settle(model, proposal, OP, opset) if proposal is not None else None
+                if proposal is None:
+                    continue
+                made = self.settle(model, proposal, OP, opset)
                 if made is not None:
                     modified = True
-                    _without_sum(model, total, made.outputs[0], opset)
+                    _without_sum(model, total, proposal.nodes[0], made.outputs[0], opset)
         return ir.passes.PassResult(model, modified)
 
 
@@ -147,8 +149,8 @@ def _refusal(total: _Sum, row: ir.Value, other: ir.Value) -> Refusal | None:
     return None
 
 
-def _without_sum(model: ir.Model, total: _Sum, s: ir.Value, opset: int) -> None:
-    """Put the norm of `s` alone in the place of a residual norm."""
+def _without_sum(model: ir.Model, total: _Sum, linear: ir.Node, s: ir.Value, opset: int) -> None:
+    """Put the norm of `s` alone in the place of a residual norm, and nothing in that of its map."""
     if total.norm is None:
         return
     node, spec = total.node, total.norm.alone
@@ -169,3 +171,5 @@ def _without_sum(model: ir.Model, total: _Sum, s: ir.Value, opset: int) -> None:
     made.meta.update(node.meta)
     if INTO_KEY in node.metadata_props:
         made.metadata_props[INTO_KEY] = node.metadata_props[INTO_KEY]
+    assert linear.graph is not None
+    linear.graph.remove(linear, safe=True)

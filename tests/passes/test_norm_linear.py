@@ -182,6 +182,13 @@ def test_a_map_that_ends_in_a_sum() -> None:
     assert found == (["Linear_residual_rms"], [])
 
 
+def test_a_map_whose_sum_is_taken_out_of_a_norm() -> None:
+    """Nothing is left of it that would read the norm in front too."""
+    body = RMS + "h = MatMul (n, w)\nt = Add (h, r)\ny = RMSNormalization (t, c)"
+    found = lowered(body, f"{X}, float[b,s,64] r", options=BOTH)
+    assert found == (["Linear_residual_rms", "RMSNorm"], [])
+
+
 def test_16_bits() -> None:
     inputs, outputs = X.replace("float", "float16"), Y.replace("float", "float16")
     half = {"dtype": np.float16, "bound": 4e-3}

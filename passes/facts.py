@@ -210,13 +210,16 @@ def is_vector(value: ir.Value, *dims: int) -> bool:
 def same_shape(a: ir.Value, b: ir.Value) -> bool:
     """Whether both provably have one shape: equal dims or symbols, or one origin.
 
-    The origin of a value is found by walking back through nodes that keep every dimension but
-    the last (elementwise with a scalar or vector, a linear map, a split of the last axis).
+    An output of the model may have been given its symbols by hand. The origin of a value is found
+    by walking back through nodes that keep every dimension but the last (elementwise with a scalar
+    or vector, a linear map, a split of the last axis).
     """
     if a is b:
         return True
     if a.shape is not None and b.shape is not None and _equal_dims(a.shape, b.shape):
-        return True
+        given = a.is_graph_output() or b.is_graph_output()
+        if not (given and any(isinstance(dim, ir.SymbolicDim) for dim in a.shape)):
+            return True
     size = last_dim(a)
     return size is not None and size == last_dim(b) and _origin(a) is _origin(b)
 

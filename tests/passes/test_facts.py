@@ -428,6 +428,15 @@ def test_declared_shapes_are_the_same(a: str, b: str, same: bool) -> None:
     assert facts.same_shape(found["z"], found["x"]) == same
 
 
+@pytest.mark.parametrize(("shape", "same"), [("float[b,s,8]", False), ("float[2,3,8]", True)])
+def test_names_of_an_output_may_be_written_by_hand(shape: str, same: bool) -> None:
+    found = values("y = Add(x, z)", f"{shape} x, {shape} z")
+    x, z, y = (found[name] for name in "xzy")
+    y.shape = x.shape
+    assert facts.same_shape(x, z)
+    assert facts.same_shape(x, y) == facts.same_shape(y, x) == same
+
+
 def test_a_value_has_its_own_shape() -> None:
     x = values("y = Neg(x)", "float[] x")["x"]
     assert facts.same_shape(x, x)

@@ -41,7 +41,7 @@ from fusenorm.passes.centre_residual import CentreResidual
 from fusenorm.passes.concat_linear import ConcatLinearMaps
 from fusenorm.passes.expose_residual import ExposeResidual
 from fusenorm.passes.fold_batch_norm import FoldBatchNorm
-from fusenorm.passes.fold_norm import FoldNorm
+from fusenorm.passes.fold_norm import FoldNorm, Pays
 from fusenorm.passes.fuse_activation import FuseActivation
 from fusenorm.passes.fuse_attention import FuseAttentions
 from fusenorm.passes.fuse_glu import FuseGatedUnit
@@ -161,7 +161,9 @@ def passes(options: Options) -> list[ir.passes.PassBase]:
     ]
 
 
-def lowering_passes(options: Options, check: Check) -> list[ir.passes.PassBase]:
+def lowering_passes(
+    options: Options, check: Check, pays: Pays | None = None
+) -> list[ir.passes.PassBase]:
     """What compile does to the graph around the fused ops, in order: regions with contractions."""
     return [
         ShareShapes(),
@@ -171,7 +173,7 @@ def lowering_passes(options: Options, check: Check) -> list[ir.passes.PassBase]:
         FuseAttentions(check),
         FuseLinearMaps(check),
         *([CentreResidual()] if options.centre_residual else []),
-        FoldNorm(options.fold_norm),
+        FoldNorm(options.fold_norm, pays),
         *([ConcatLinearMaps(check)] if options.concat_linear else []),
         *([AddResidual(check)] if options.add_residual else []),
         *([NormLinear(check)] if options.norm_linear else []),
@@ -365,7 +367,9 @@ def compile(
     with tempfile.TemporaryDirectory() as scratch:
         paying = Paying(Validator(), {})
         model, regions = (
-            lower_regions(result.model, paying, options) if only_cpu else (result.model, [])
+            lower_regions(result.model, paying, options, paying.refusal)
+            if only_cpu
+            else (result.model, [])
         )
         built: dict[Target, LibraryInfo | None] = {}
         best = next((one for one in targets if only_cpu and one.runs_here), None)
@@ -376,7 +380,7 @@ def compile(
                 break
             # What is left out may leave regions that were not measured.
             paying = dataclasses.replace(paying, slow={**paying.slow, **slow})
-            model, regions = lower_regions(result.model, paying, options)
+            model, regions = lower_regions(result.model, paying, options, paying.refusal)
             built.clear()
         for one in targets:
             if one not in built:
@@ -424,15 +428,21 @@ def _build(model: ir.Model, target: Target, path: Path) -> LibraryInfo | None:
 
 
 def lower_regions(
-    model: ir.Model, check: Check | None = None, options: Options = DEFAULTS
+    model: ir.Model,
+    check: Check | None = None,
+    options: Options = DEFAULTS,
+    pays: Pays | None = None,
 ) -> tuple[ir.Model, list[Site]]:
-    """A copy of `model` with its regions made, each proved by `check`, and what became of each."""
+    """A copy of `model` with its regions made, each proved by `check`, and what became of each.
+
+    Those whose proof is not that of a rewrite are left out where they do not pay.
+    """
     work = model.clone()
     # Where only fused ops are left, a model need not say which standard their bodies are in.
     standards = [function.opset_imports.get("", 0) for function in work.functions.values()]
     work.opset_imports.setdefault("", max(standards, default=0))
     outputs = [value.name for value in work.graph.outputs]
-    for step in lowering_passes(options, check or Validator()):
+    for step in lowering_passes(options, check or Validator(), pays):
         step(work)
         verify_graph(work, str(getattr(step, "name", type(step).__name__)), outputs)
     return work, collect_regions(work)

@@ -72,9 +72,13 @@ class Paying:
     slow: Mapping[Problem, float]
 
     def __call__(self, rewrite: Rewrite, opset: int) -> Refusal | None:
+        return self.refusal(rewrite) or self.check(rewrite, opset)
+
+    def refusal(self, rewrite: Rewrite) -> Refusal | None:
+        """Why a rewrite does not pay, proved or not; None if it may."""
         problem = Problem.of(rewrite.spec.op_type, rewrite.inputs)
         if problem is None or problem not in self.slow:
-            return self.check(rewrite, opset)
+            return None
         share = self.slow[problem]
         detail = f"runs at {share:.2f} of onnxruntime's speed over {ROWS} rows"
         return Refusal("slower", node_name(rewrite.root), detail)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import onnx_ir as ir
@@ -28,6 +28,8 @@ OP = "NormFold"
 RULE = "fold_norm"
 # On a norm whose scale and bias went away: the results of the maps that have them, a line each.
 INTO_KEY = "fusenorm.folded_into"
+# Why a map had better stay as it is, None if it may change.
+Pays = Callable[[Rewrite], Refusal | None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,20 +75,22 @@ class FoldNorm(ir.passes.InPlacePass):
     ## Refuses
     `reader`: something but a packed map reads the result, a tied weight's map for one. `output`:
     it is an output of the graph. `not_constant`: γ or β is computed at run time. `types`: weights
-    of a type that is not to change. `check_failed`, and what read_call refuses.
+    of a type that is not to change. `slower`, `check_failed`, and what read_call refuses.
 
     ## References
     arXiv 2407.09577 (FlashNorm).
 
     Args:
         types: types of the weights that may change.
+        pays: asked of each map with the bias that comes to it; None takes all.
     """
 
     name = RULE
 
-    def __init__(self, types: Iterable[DType] = ("f32",)) -> None:
+    def __init__(self, types: Iterable[DType] = ("f32",), pays: Pays | None = None) -> None:
         super().__init__()
         self.types = frozenset(types)
+        self.pays = pays
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         opset = model.opset_imports.get("", 0)
@@ -96,7 +100,9 @@ class FoldNorm(ir.passes.InPlacePass):
                 norm = _read(node, self.types)
                 if norm is None:
                     continue
-                refusal = norm if isinstance(norm, Refusal) else _fold(model, norm, opset)
+                refusal = (
+                    norm if isinstance(norm, Refusal) else _fold(model, norm, opset, self.pays)
+                )
                 if refusal is None:
                     modified = True
                 else:
@@ -162,7 +168,7 @@ def _is_packed(node: ir.Node) -> bool:
     return spec is not None and spec == spec.products and not spec.residual
 
 
-def _fold(model: ir.Model, norm: _Norm, opset: int) -> Refusal | None:
+def _fold(model: ir.Model, norm: _Norm, opset: int, pays: Pays | None) -> Refusal | None:
     """Put the norm without scale and bias in its place, and the maps that have them in theirs."""
     call = norm.call
     plain = dataclasses.replace(call.spec, scale=None, bias=None, affine="f32")
@@ -183,6 +189,9 @@ def _fold(model: ir.Model, norm: _Norm, opset: int) -> Refusal | None:
         *(_with_affine(node, norm.vector("scale"), norm.vector("bias")) for node in norm.maps),
     ]
     for rewrite in rewrites[1:]:
+        refusal = pays(rewrite) if pays is not None else None
+        if refusal is not None:
+            return refusal
         flaw = _flaw(rewrites[0], rewrite, opset)
         if flaw is not None:
             return Refusal("check_failed", node_name(norm.node), flaw)

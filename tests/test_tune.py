@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 
 import fusenorm
@@ -98,6 +100,30 @@ def test_maps_side_by_side_are_one_problem() -> None:
     )
     lowered, _ = lower_regions(fusenorm.optimize(proto).model)
     assert problems(lowered) == [Problem("Linear_2maps", ((2, 8, 32), (3, 8, 32)))]
+
+
+NORM_THEN_MAP = model(
+    "n = LayerNormalization (x, g, b)\n y = MatMul (n, w)",
+    outputs="float[b,s,64] y",
+    constants={"w": rows(8, 64), "g": rows(8, seed=1), "b": rows(8, seed=2)},
+)
+BIASED = Problem("Linear_bias", WIDE.panels)
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("slow", [{BIASED}, {BIASED, WIDE}], ids=["biased", "both"])
+def test_compile_ends_where_what_a_norm_leaves_behind_does_not_pay(
+    monkeypatch: pytest.MonkeyPatch, slow: set[Problem]
+) -> None:
+    rounds = itertools.count()
+
+    def slower(lowered: ir.Model, library: Path, level: str) -> dict[Problem, float]:
+        assert next(rounds) < 4
+        return dict.fromkeys(slow.intersection(problems(lowered)), 0.5)
+
+    monkeypatch.setattr(tune, "slower", slower)
+    compiled = fusenorm.compile(fusenorm.optimize(NORM_THEN_MAP))
+    assert problems(compiled.model) == [problem for problem in (WIDE,) if problem not in slow]
 
 
 @pytest.mark.kernel

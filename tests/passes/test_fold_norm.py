@@ -15,7 +15,8 @@ from fusenorm.ops import DOMAIN, DType, Linear, Norm
 from fusenorm.ops.linear import unpack
 from fusenorm.passes.fold_norm import OP, FoldNorm
 from fusenorm.passes.fuse_linear import FuseLinearMaps
-from fusenorm.passes.rewrite import MISS_KEY
+from fusenorm.passes.pattern import Refusal
+from fusenorm.passes.rewrite import MISS_KEY, Rewrite
 from fusenorm.pipeline import Options, lower_regions
 from fusenorm.report import Site
 from tests import corpus, graphs
@@ -313,6 +314,21 @@ def test_a_tied_weight_keeps_the_norm() -> None:
     _, regions = lower_regions(fusenorm.optimize(proto).model)
     assert [(site.op, site.reason) for site in regions] == [
         (OP, "reader"), ("Linear", "weight_shared")]  # fmt: skip
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_no_bias_goes_into_a_map_that_does_not_pay_with_it(bias: bool) -> None:
+    def pays(rewrite: Rewrite) -> Refusal | None:
+        return Refusal("slower", "n", "why") if rewrite.spec.op_type == "Linear_bias" else None
+
+    body = (LN if bias else "n = LayerNormalization (x, g)\n") + MAP
+    proto = model(
+        body, X, Y, constants={name: CONSTANTS[name] for name in ("gbw" if bias else "gw")}
+    )
+    work, regions = lower_regions(fusenorm.optimize(proto).model, pays=pays)
+    assert kinds(work)[-1] == "Linear"
+    found = [site.reason for site in regions if site.op == OP]
+    assert found == (["slower"] if bias else [None])
 
 
 def test_numbers_out_of_range_are_rolled_back() -> None:

@@ -376,7 +376,7 @@ def compile(
         while tune and best is not None:
             library = built[best] = _build(model, best, Path(scratch, f"{best}.so"))
             slow = slower(model, library.path, best.level) if library else {}
-            if not slow:
+            if slow.keys() <= paying.slow.keys():  # those left are ops of the model as it came
                 break
             # What is left out may leave regions that were not measured.
             paying = dataclasses.replace(paying, slow={**paying.slow, **slow})

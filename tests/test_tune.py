@@ -127,6 +127,22 @@ def test_compile_ends_where_what_a_norm_leaves_behind_does_not_pay(
 
 
 @pytest.mark.kernel
+def test_what_a_model_comes_with_stays(
+    two_maps: onnx.ModelProto, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    once, _ = lower_regions(fusenorm.optimize(two_maps).model)
+    rounds = itertools.count()
+
+    def slower(lowered: ir.Model, library: Path, level: str) -> dict[Problem, float]:
+        assert next(rounds) < 4
+        return dict.fromkeys(problems(lowered), 0.5)
+
+    monkeypatch.setattr(tune, "slower", slower)
+    compiled = fusenorm.compile(fusenorm.optimize(ir.to_proto(once)))
+    assert problems(compiled.model) == problems(once)
+
+
+@pytest.mark.kernel
 def test_compile_leaves_out_what_does_not_pay(
     two_maps: onnx.ModelProto, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -29,6 +29,7 @@ OLDEST_OPSET = 7
 _Dim = int | ir.SymbolicDim
 _MAX_WALK = 256
 _LAST_DIM = "fusenorm.last_dim"
+_INFERRED = "fusenorm.inferred_shape"
 
 
 def dtype_of(value: ir.Value) -> DType | None:
@@ -158,8 +159,24 @@ def assume_row(value: ir.Value, dtype: DType, size: int | None) -> None:
 def copy_facts(source: ir.Value, target: ir.Value) -> None:
     """Give `target`, which stands for the same tensor, all that is known of `source`."""
     target.shape, target.type = source.shape, source.type
-    if _LAST_DIM in source.meta:
-        target.meta[_LAST_DIM] = source.meta[_LAST_DIM]
+    for key in (_LAST_DIM, _INFERRED):
+        if key in source.meta:
+            target.meta[key] = source.meta[key]
+
+
+def learn_shape(output: ir.Value, inferred: ir.Shape | None) -> None:
+    """Record the shape of an output of the model as inference has it, not by its given names."""
+    output.meta[_INFERRED] = inferred
+
+
+def _proved_dims(value: ir.Value) -> ir.Shape | Sequence[_Dim] | None:
+    """The shape; of an output of the model, whose names may be written by hand, as inferred."""
+    if not value.is_graph_output() or value.shape is None:
+        return value.shape
+    inferred = value.meta.get(_INFERRED)
+    if inferred is not None:
+        return inferred
+    return [dim if isinstance(dim, int) else ir.SymbolicDim(None) for dim in value.shape]
 
 
 def _infer_last_dim(node: ir.Node, value: ir.Value) -> int | None:
@@ -210,16 +227,14 @@ def is_vector(value: ir.Value, *dims: int) -> bool:
 def same_shape(a: ir.Value, b: ir.Value) -> bool:
     """Whether both provably have one shape: equal dims or symbols, or one origin.
 
-    An output of the model may have been given its symbols by hand. The origin of a value is found
-    by walking back through nodes that keep every dimension but the last (elementwise with a scalar
-    or vector, a linear map, a split of the last axis).
+    The origin of a value is found by walking back through nodes that keep every dimension but the
+    last (elementwise with a scalar or vector, a linear map, a split of the last axis).
     """
     if a is b:
         return True
-    if a.shape is not None and b.shape is not None and _equal_dims(a.shape, b.shape):
-        given = a.is_graph_output() or b.is_graph_output()
-        if not (given and any(isinstance(dim, ir.SymbolicDim) for dim in a.shape)):
-            return True
+    own, other = _proved_dims(a), _proved_dims(b)
+    if own is not None and other is not None and _equal_dims(own, other):
+        return True
     size = last_dim(a)
     return size is not None and size == last_dim(b) and _origin(a) is _origin(b)
 
@@ -227,14 +242,13 @@ def same_shape(a: ir.Value, b: ir.Value) -> bool:
 def same_leading_dims(a: ir.Value, b: ir.Value) -> bool:
     """Whether both provably have the same dimensions but for the last, in the same order.
 
-    A name that stands twice says nothing of the order, and an output of the model may have been
-    given its names by hand.
+    A name that stands twice says nothing of the order.
     """
-    if a.shape is None or b.shape is None or not _equal_dims(a.shape[:-1], b.shape[:-1]):
+    own, other = _proved_dims(a), _proved_dims(b)
+    if own is None or other is None or not _equal_dims(own[:-1], other[:-1]):
         return False
-    names = [dim for dim in a.shape[:-1] if isinstance(dim, ir.SymbolicDim)]
-    given = a.is_graph_output() or b.is_graph_output()
-    return len(set(names)) == len(names) and not (names and given)
+    names = [dim for dim in own[:-1] if isinstance(dim, ir.SymbolicDim)]
+    return len(set(names)) == len(names)
 
 
 def _equal_dims(a: ir.Shape | Sequence[_Dim], b: ir.Shape | Sequence[_Dim]) -> bool:

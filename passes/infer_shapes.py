@@ -8,6 +8,8 @@ import google.protobuf.message
 import onnx
 import onnx_ir as ir
 
+from fusenorm.passes import facts
+
 _NO_TENSOR = re.compile("Sequence|Optional")
 # Larger constants are not shapes, and inference copies the model.
 _SHAPE_BYTES = 1000
@@ -109,6 +111,7 @@ class _Types:
         shape, kind = self.known[key]
         modified = False
         if value.is_graph_output():
+            facts.learn_shape(value, shape)
             shape = _as_given(value.shape, shape)
         if shape is not None and shape != value.shape:
             value.shape, modified = shape, True

@@ -107,11 +107,19 @@ def test_a_map_whose_result_is_an_output_stays() -> None:
     assert (kinds, site.reason) == (["Linear"], "reader")
 
 
+OUTPUT_TOO = "c = Cos (r)\n" + H + "y = Add (h, c)"
+
+
 def test_the_names_of_an_output_prove_no_shape() -> None:
     """It may be broadcast all the same."""
     inputs, outputs = "float[b,s,8] x, float[q,s,64] r", f"{Y}, float[b,s,64] c"
-    kinds, (site,) = lowered("c = Cos (r)\n" + H + "y = Add (h, c)", inputs, outputs)
+    kinds, (site,) = lowered(OUTPUT_TOO, inputs, outputs)
     assert (kinds, site.reason) == (["Linear"], "shape")
+
+
+def test_the_shape_of_an_output_is_inferred() -> None:
+    kinds, refused = lowered(OUTPUT_TOO, X, f"{Y}, float[n,m,64] c")
+    assert (kinds, refused) == (["Linear_residual"], [])
 
 
 def test_ops_of_other_domains_are_something_else() -> None:

@@ -164,6 +164,15 @@ def test_rows_laid_side_by_side_for_the_product(given: str, body: str, kind: str
     assert check(proto) == ([kind], [])
 
 
+def test_the_rows_of_an_output_are_inferred() -> None:
+    body = LEADING + "r = Reshape (x, flat)\n h = MatMul (r, w)\n y = Reshape (h, t)"
+    constants = {name: ROWS[name] for name in ("flat", "w", "wide")}
+    proto = model(body, "float[b,s,8] x", "float[n,m,128] y", constants=constants)
+    after, _ = lowered(proto)
+    assert {node.op_type for node in after.graph.node} == {"Linear"}
+    assert check(proto) == (["Linear"], [])
+
+
 @pytest.mark.parametrize(
     ("body", "given", "output"),
     [
@@ -178,8 +187,8 @@ def test_rows_laid_side_by_side_for_the_product(given: str, body: str, kind: str
         (LEADING + "r = Reshape (x, flat)\n h = MatMul (r, w)\n v = Reshape (h, t)\n"
          "m = ReduceMax (h)\n y = Add (v, m)", "float[b,s,8] x", OUT),
         # The names of an output may be anybody's, and a name that stands twice anything's.
-        (LEADING + "r = Reshape (x, flat)\n h = MatMul (r, w)\n y = Reshape (h, t)",
-         "float[b,s,8] x", OUT),
+        ("r = Reshape (x, flat)\n h = MatMul (r, w)\n y = Reshape (h, t)",
+         "float[b,s,8] x, int64[3] t", OUT),
         (LEADING + "r = Reshape (x, flat)\n h = MatMul (r, w)\n v = Reshape (h, t)\n y = Cos (v)",
          "float[s,s,8] x", "float[s,s,128] y"),
         # x has other columns than the product reads.

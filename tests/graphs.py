@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 import numpy as np
@@ -11,6 +12,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 import fusenorm
+from fusenorm.ops import DOMAIN
 from fusenorm.passes import facts
 from fusenorm.passes.pattern import Miss
 from fusenorm.passes.rewrite import Rewrite, Rule
@@ -168,6 +170,28 @@ def lowered(
         atol = bound * float(np.abs(wide).max())
         np.testing.assert_allclose(b.astype(np.float64), wide, rtol=0, atol=atol)
     return work, regions
+
+
+def fused_kinds(
+    body: str,
+    inputs: str,
+    outputs: str,
+    constants: Mapping[str, np.ndarray],
+    options: Options,
+    op: str,
+    *,
+    bound: float,
+) -> tuple[list[str], list[Site]]:
+    """Kinds of the fused ops once lowered, in order, and the sites of `op`.
+
+    The model holds those of the constants its text names.
+    """
+    words = set(re.findall(r"\w+", body))
+    held = {name: array for name, array in constants.items() if name in words}
+    proto = model(body, inputs, outputs, constants=held, opset=23, ir_version=10)
+    work, regions = lowered(proto, options, bound=bound)
+    kinds = [node.op_type for node in work.graph if node.domain == DOMAIN]
+    return kinds, [site for site in regions if site.op == op]
 
 
 def _feed(value: onnx.ValueInfoProto) -> np.ndarray:

@@ -11,7 +11,7 @@ import onnx_ir as ir
 import pytest
 
 import fusenorm
-from fusenorm.ops import DOMAIN, Norm
+from fusenorm.ops import Norm
 from fusenorm.passes.add_residual import OP, AddResidual
 from fusenorm.passes.pattern import Refusal
 from fusenorm.passes.rewrite import MISS_KEY
@@ -48,12 +48,8 @@ def lowered(
     dtype: type = np.float32,
 ) -> tuple[list[str], list[Site]]:
     """Kinds of the fused ops, in order, and the refused sums; outputs must agree."""
-    words = set(body.replace("(", " ").replace(")", " ").replace(",", " ").split())
-    constants = {name: array.astype(dtype) for name, array in CONSTANTS.items() if name in words}
-    proto = model(body, inputs, outputs, constants=constants, opset=23, ir_version=10)
-    work, regions = graphs.lowered(proto, options, bound=bound)
-    kinds = [node.op_type for node in work.graph if node.domain == DOMAIN]
-    return kinds, [site for site in regions if site.op == OP]
+    constants = {name: array.astype(dtype) for name, array in CONSTANTS.items()}
+    return graphs.fused_kinds(body, inputs, outputs, constants, options, OP, bound=bound)
 
 
 @pytest.mark.parametrize(

@@ -106,22 +106,29 @@ def _multiply(spec: Linear, tile: Tile) -> None:
                     for later in range(0, tile.width, _LINE // item):
                         prefetch(buffers["residual"][row + i, column + later], 1)
             for known in (1, *range(2, tile.rows + 1, 2)):
-                turns: dict[_Turn, Expr] = {"only": padded == known}
-                if 2 * known > tile.rows:  # as many as one of several tiles has
-                    turns["later"] = T.And(turns["only"], count > 1)
-                    turns["only"] = T.And(turns["only"], count == 1)
-                    if wide is not None:
-                        turns["first"] = T.And(turns["later"], index == 0)
-                        turns["later"] = T.And(turns["later"], index > 0)
+                turns = _turns(spec, tile, known, index, count)
                 for turn, holds in turns.items():
-                    with T.If(holds), T.Then():
-                        panels_of = _Panels(buffers["weight"], wide, turn)
-                        _accumulate(spec, tile, tiles, panels_of, sums, known, place)
+                    with T.If(T.And(padded == known, holds)), T.Then():
+                        read = _Panels(buffers["weight"], wide, turn)
+                        _accumulate(spec, tile, tiles, read, sums, known, place)
             epilogue.finish(row, size, column)
 
 
 # Of a tile among those that pass the same panels.
 _Turn = Literal["only", "first", "later"]
+
+
+def _turns(spec: Linear, tile: Tile, rows: int, index: Expr, count: Expr) -> dict[_Turn, Expr]:
+    """Which turns tile `index` of `count` may have if it has so many rows, and when.
+
+    One of several has more than half of what a tile can hold, or it takes each as if it were the
+    only one: so do all after it, which are no higher.
+    """
+    if 2 * rows <= tile.rows:
+        return {"only": T.bool(True)}
+    if spec.dtype == "f32":
+        return {"only": count == 1, "later": count > 1}
+    return {"only": count == 1, "first": T.And(count > 1, index == 0), "later": index > 0}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -54,6 +54,7 @@ def _without_weights(model: ir.Model) -> onnx.ModelProto:
             graph.initializer[-1].name = str(value.name)
     for node in model.graph:
         ir.serde.serialize_node_into(graph.node.add(), node)
+        _forget_names_in_bodies(graph.node[-1])
         for value in node.outputs:
             if value.type is not None:
                 ir.serde.serialize_value_into(graph.value_info.add(), value)
@@ -67,6 +68,15 @@ def _forget_names(info: onnx.ValueInfoProto) -> None:
     for dim in info.type.tensor_type.shape.dim:
         if dim.dim_param:
             dim.Clear()
+
+
+def _forget_names_in_bodies(node: onnx.NodeProto) -> None:
+    """The same for the outputs of the subgraphs of an If, Loop or Scan."""
+    for attribute in node.attribute:
+        for output in attribute.g.output:
+            _forget_names(output)
+        for inner in attribute.g.node:
+            _forget_names_in_bodies(inner)
 
 
 def _as_given(given: ir.Shape | None, found: ir.Shape | None) -> ir.Shape | None:

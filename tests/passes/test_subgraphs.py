@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 
 import fusenorm
 from fusenorm.report import Report
-from tests.graphs import fused, fused_ops, model, rows, run, same
+from tests.graphs import fused, fused_ops, model, reasons, rows, run, same
 from tests.passes.test_random_graphs import SHAPE, graphs
 
 GAMMA = np.linspace(0.5, 1.5, 8, dtype=np.float32)
@@ -101,6 +101,31 @@ def test_the_loop_carried_value_is_the_norm() -> None:
     body = _loop("y", "float[b,s,8] t", "m = Mul(h, half)\n" + _rms("m", "t"))
     proto = _model(body, "int64 count, float[b,s,8] x", "float[b,s,8] y")
     assert fused_ops(same(proto, {**X, "count": np.array(2)})) == ["RMSNorm"]
+
+
+UNIT = "w = Sigmoid(x)\nv = Mul(x, w)\ny = Mul(v, r)"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        f"""r, y = If (flag) <
+          then_branch = yes () => (float[b,s,8] r, float[b,s,8] y) {{ r = Cos(q) {UNIT} }},
+          else_branch = no () => (float[b,s,8] c, float[b,s,8] d) {{ c = Sin(q) d = Exp(x) }}
+        >""",
+        f"""r = If (flag) <
+          then_branch = yes () => (float[b,s,8] c) {{ c = Cos(q) }},
+          else_branch = no () => (float[b,s,8] d) {{ d = Sin(q) }}
+        >
+        {UNIT}""",
+    ],
+    ids=["inside", "outside"],
+)
+def test_the_names_of_an_output_of_a_body_prove_no_shape(body: str) -> None:
+    """r may be broadcast to x, whose names it has there."""
+    proto = _model(body, "bool flag, float[b,s,8] x, float[p,s,8] q", "float[n,m,8] y")
+    report = same(proto, {**X, "q": rows(1, 3, 8, seed=1), "flag": np.array(True)})
+    assert reasons(report) == {"shapes_not_proved"}
 
 
 def test_a_body_that_reads_the_sum_outside() -> None:

@@ -174,8 +174,9 @@ def _trial(site: Site) -> tuple[dict[ir.Value, tuple[int, ...]], Mapping[str | N
 
 
 def dims_of(value: ir.Value) -> tuple[int | ir.SymbolicDim, ...]:
-    assert value.shape is not None
-    return tuple(value.shape)
+    dims = facts.proved_dims(value)
+    assert dims is not None
+    return dims
 
 
 def input_of(node: ir.Node) -> ir.Value:

@@ -82,14 +82,15 @@ def _cancel_transposes(graph: ir.Graph, norm: ir.Node) -> bool:
         if not _undo(facts.permutation(inner), order):
             continue
         assert inner is not None
-        if other.shape is None or other.shape.rank() != len(order):
+        dims = facts.proved_dims(other)
+        if dims is None or len(dims) != len(order):
             continue  # a broadcast operand of lower rank has other axes to move
         turned = ir.node(
             "Transpose", [other], attributes=dict(outer.attributes), name=node_name(outer)
         )
         graph.insert_before(add, turned)
         turned.outputs[0].type = other.type
-        turned.outputs[0].shape = ir.Shape([other.shape[axis] for axis in order])
+        turned.outputs[0].shape = ir.Shape([dims[axis] for axis in order])
         add.replace_input_with(index, inner.inputs[0])
         add.replace_input_with(1 - index, turned.outputs[0])
         moved.replace_all_uses_with(total)
@@ -109,8 +110,8 @@ def _undo(first: tuple[int, ...] | None, second: tuple[int, ...]) -> bool:
 def _take_over(graph: ir.Graph, old: ir.Value, new: ir.Value, *, keep: ir.Node) -> None:
     """`new` stands for what `old` was: its readers but `keep`, its name, its place as output."""
     name = old.name
-    old.replace_all_uses_with(new, replace_graph_outputs=True)
-    keep.replace_input_with(0, old)
     facts.copy_facts(old, new)
+    facts.replace(old, new)
+    keep.replace_input_with(0, old)
     old.name = facts.unused(f"{name}_rows", graph)
     new.name = name

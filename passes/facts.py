@@ -157,11 +157,20 @@ def assume_row(value: ir.Value, dtype: DType, size: int | None) -> None:
 
 
 def copy_facts(source: ir.Value, target: ir.Value) -> None:
-    """Give `target`, which stands for the same tensor, all that is known of `source`."""
+    """Give `target`, the same tensor, all that is known of `source`, but no given names."""
     target.shape, target.type = source.shape, source.type
+    if source.is_graph_output() and (dims := proved_dims(source)) is not None:
+        target.shape = ir.Shape(dims)
     for key in (_LAST_DIM, _INFERRED):
         if key in source.meta:
             target.meta[key] = source.meta[key]
+
+
+def replace(old: ir.Value, new: ir.Value) -> None:
+    """Let `new` stand for `old` everywhere; as an output of the model in the shape given to it."""
+    if old.is_graph_output():
+        new.shape = old.shape
+    old.replace_all_uses_with(new, replace_graph_outputs=True)
 
 
 def learn_shape(output: ir.Value, inferred: ir.Shape | None) -> None:
@@ -169,14 +178,16 @@ def learn_shape(output: ir.Value, inferred: ir.Shape | None) -> None:
     output.meta[_INFERRED] = inferred
 
 
-def _proved_dims(value: ir.Value) -> ir.Shape | Sequence[_Dim] | None:
+def proved_dims(value: ir.Value) -> tuple[_Dim, ...] | None:
     """The shape; of an output of the model, whose names may be written by hand, as inferred."""
-    if not value.is_graph_output() or value.shape is None:
-        return value.shape
+    if value.shape is None:
+        return None
+    if not value.is_graph_output():
+        return tuple(value.shape)
     inferred = value.meta.get(_INFERRED)
     if inferred is not None:
-        return inferred
-    return [dim if isinstance(dim, int) else ir.SymbolicDim(None) for dim in value.shape]
+        return tuple(inferred)
+    return tuple(dim if isinstance(dim, int) else ir.SymbolicDim(None) for dim in value.shape)
 
 
 def _infer_last_dim(node: ir.Node, value: ir.Value) -> int | None:
@@ -232,7 +243,7 @@ def same_shape(a: ir.Value, b: ir.Value) -> bool:
     """
     if a is b:
         return True
-    own, other = _proved_dims(a), _proved_dims(b)
+    own, other = proved_dims(a), proved_dims(b)
     if own is not None and other is not None and _equal_dims(own, other):
         return True
     size = last_dim(a)
@@ -244,14 +255,14 @@ def same_leading_dims(a: ir.Value, b: ir.Value) -> bool:
 
     A name that stands twice says nothing of the order.
     """
-    own, other = _proved_dims(a), _proved_dims(b)
+    own, other = proved_dims(a), proved_dims(b)
     if own is None or other is None or not _equal_dims(own[:-1], other[:-1]):
         return False
     names = [dim for dim in own[:-1] if isinstance(dim, ir.SymbolicDim)]
     return len(set(names)) == len(names)
 
 
-def _equal_dims(a: ir.Shape | Sequence[_Dim], b: ir.Shape | Sequence[_Dim]) -> bool:
+def _equal_dims(a: Sequence[_Dim], b: Sequence[_Dim]) -> bool:
     """Whether every dimension is the same number or the same named symbol."""
     return len(a) == len(b) and all(
         x == y and (isinstance(x, int) or x.value is not None) for x, y in zip(a, b, strict=True)
@@ -404,23 +415,24 @@ def view_of(value: ir.Value) -> View | None:
         return None
     pairs = taken.source
     reshape = made_by(pairs, "Reshape")
-    if reshape is None or pairs.shape is None:
+    after = proved_dims(pairs)
+    if reshape is None or after is None:
         return None
-    (source, target), known = reshape.inputs, pairs.shape.rank()
+    (source, target), known = reshape.inputs, len(after)
     assert source is not None
     assert target is not None
     axis = taken.axis - known if taken.axis >= 0 else taken.axis
     if squeeze is not None and squeezed_axis(squeeze) not in (axis, axis + known):
         return None
-    size = last_dim(source)
-    if source.shape is None or not size or size % 2:
+    before, size = proved_dims(source), last_dim(source)
+    if before is None or not size or size % 2:
         return None
     pair = (2, size // 2) if axis == -2 else (size // 2, 2)
-    before, after = source.shape[:-1], pairs.shape[:-2]
+    lead, kept = before[:-1], after[:-2]
     # Where all but one of the leading dimensions stay, so does that one.
-    moved = [x for x, y in zip(before, after, strict=False) if not _equal_dims((x,), (y,))]
-    whole = len(before) == len(after) and len(moved) <= 1
-    if not whole or axis not in (-2, -1) or tuple(pairs.shape[-2:]) != pair:
+    moved = [x for x, y in zip(lead, kept, strict=False) if not _equal_dims((x,), (y,))]
+    whole = len(lead) == len(kept) and len(moved) <= 1
+    if not whole or axis not in (-2, -1) or after[-2:] != pair:
         return None
     return View(source, target, pair, axis, taken.places[0])
 

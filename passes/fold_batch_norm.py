@@ -498,7 +498,7 @@ def _replace(graph: ir.Graph, chain: _Chain, written: _Written) -> None:
     old = chain.nodes
     graph.insert_before(chain.norm, written.nodes)
     for value, heir in written.heirs.items():
-        value.replace_all_uses_with(heir, replace_graph_outputs=True)
+        facts.replace(value, heir)
     for node in reversed(old):
         graph.remove(node, safe=True)
     graph.sort()  # what else the chain reads, or who reads a shape in it, may stand elsewhere

@@ -15,6 +15,7 @@ from fusenorm.passes.attention_site import (
     Refused,
     Site,
     check_operands,
+    dims_of,
     input_of,
     is_inside,
     rewrite_of,
@@ -196,7 +197,7 @@ def _read_idle(reader: ir.Node) -> list[ir.Node]:
     if node is None or not is_inside(value):
         return []
     source = input_of(node)
-    return [node] if same(value.shape, source.shape) else []
+    return [node] if same(facts.proved_dims(value), facts.proved_dims(source)) else []
 
 
 def _read_safe(weights: ir.Value, nodes: list[ir.Node]) -> tuple[ir.Value, Empty]:
@@ -330,9 +331,9 @@ def _read_flat_swap(site: Site, keys: ir.Value) -> ir.Value:
     shapes = [facts.rank(value), facts.rank(flat), facts.rank(keys)]
     if shapes != [4, 3, 4] or facts.permutation(chain[1]) != (0, 2, 1):
         raise Refused("keys", chain[1], f"{keys.name} is no transpose of the keys")
-    batch, heads, rows, inner = value.shape  # type: ignore[misc]
-    if not same(flat.shape[1:], (rows, inner)) or not same(  # type: ignore[index]
-        keys.shape, (batch, heads, inner, rows)
+    batch, heads, rows, inner = dims_of(value)
+    if not same(dims_of(flat)[1:], (rows, inner)) or not same(
+        dims_of(keys), (batch, heads, inner, rows)
     ):
         raise Refused("keys", chain[0], f"{keys.name} is not provably a transpose of the keys")
     site.nodes += chain
@@ -344,10 +345,10 @@ def _read_groups(site: Site) -> None:
     k, v = _read_repeat(site.k), _read_repeat(site.v)
     if k is None or v is None or facts.rank(site.q) != 4:
         return
-    heads, repeated = k.source.shape[1], k.result.shape[1]  # type: ignore[index]
-    if v.source.shape[1] != heads or site.q.shape[1] != repeated:  # type: ignore[index]
+    heads, repeated = dims_of(k.source)[1], dims_of(k.result)[1]
+    if dims_of(v.source)[1] != heads or dims_of(site.q)[1] != repeated:
         return
-    if v.result.shape[1] != repeated:  # type: ignore[index]
+    if dims_of(v.result)[1] != repeated:
         return
     site.k, site.v, site.grouped = k.source, v.source, True
     for repeat in (k, v):
@@ -387,13 +388,13 @@ def _read_repeat(value: ir.Value) -> _Repeat | None:
         return None
     if facts.rank(value) != 4 or facts.rank(expanded) != 5:
         return None
-    batch, heads, rows, inner = value.shape  # type: ignore[misc]
-    copies = expanded.shape[2]  # type: ignore[index]
+    batch, heads, rows, inner = dims_of(value)
+    copies = dims_of(expanded)[2]
     if not isinstance(heads, int) or not isinstance(copies, int):
         return None
-    if not same(expanded.shape, (batch, heads, copies, rows, inner)):
+    if not same(dims_of(expanded), (batch, heads, copies, rows, inner)):
         return None
-    if not same(result.shape, (batch, heads * copies, rows, inner)):
+    if not same(facts.proved_dims(result), (batch, heads * copies, rows, inner)):
         return None
     return _Repeat(value, result, tuple(nodes))
 
@@ -446,7 +447,8 @@ def read_standard(node: ir.Node) -> Site:
 def _covers(mask: ir.Value, k: ir.Value) -> bool:
     """Whether the mask provably has a column for every row of k [B, H, T, D].
 
-    Where it has fewer, even one, the standard lets nothing attend to the rows without.
+    Where it has fewer, even one, the standard lets nothing attend to the rows without. The names
+    of a cache that is an output count: where they are wrong, onnxruntime takes no such mask.
     """
     if not facts.rank(mask) or facts.rank(k) != 4:
         return False
@@ -456,7 +458,7 @@ def _covers(mask: ir.Value, k: ir.Value) -> bool:
 def _same_heads(q: ir.Value, k: ir.Value, v: ir.Value) -> bool:
     if any(facts.rank(value) != 4 for value in (q, k, v)):
         return False
-    return all(same((value.shape[1],), (q.shape[1],)) for value in (k, v))  # type: ignore[index]
+    return all(same(dims_of(value)[1:2], dims_of(q)[1:2]) for value in (k, v))
 
 
 def _add_masks(graph: ir.Graph) -> bool:

@@ -274,7 +274,7 @@ def apply(model: ir.Model, rewrite: Rewrite, opset: int) -> ir.Node:
     for old, new in zip(rewrite.outputs, outputs, strict=True):
         if old is not None:
             final = _restore(rewrite, graph, new)
-            old.replace_all_uses_with(final, replace_graph_outputs=True)
+            facts.replace(old, final)
             old.name = f"{old.name}_before_{spec.op_type}"
     _remove_dead(rewrite.nodes)
     _declare(model, spec, opset)
@@ -306,9 +306,9 @@ def _restore(rewrite: Rewrite, graph: ir.Graph, value: ir.Value) -> ir.Value:
 
 def _lead(rewrite: Rewrite) -> Sequence[int | ir.SymbolicDim]:
     """The dimensions of the source's rows in front of the merged ones."""
-    shape = rewrite.inputs[0].shape
-    assert shape is not None
-    return shape[: -len(rewrite.merged)]
+    dims = facts.proved_dims(rewrite.inputs[0])
+    assert dims is not None
+    return dims[: -len(rewrite.merged)]
 
 
 def _reshape(

@@ -24,7 +24,7 @@ HEADS = "float[b,6,s,4] q, float[b,6,t,4] k, float[b,6,t,4] v, float[b,1,s,t] m"
 SEQUENCE = "float[b,s,6,4] q, float[b,t,6,4] k, float[b,t,6,4] v, float[b,1,s,t] m"
 GROUPED = "float[b,6,s,4] q, float[b,2,t,4] k, float[b,2,t,4] v, float[b,1,s,t] m"
 OUT = "float[b,6,s,4] y"
-SIZES = {"b": 2, "s": 5, "t": 7}
+SIZES = {"b": 2, "s": 5, "t": 7, "h": 6, "g": 2}
 CONSTANTS = {
     "c": np.float32(0.5),
     "r": np.float32(0.70710678),
@@ -718,6 +718,22 @@ def test_a_row_of_keys_a_mask_repeats_is_refused() -> None:
     inputs = HEADS.replace("float[b,6,t,4] k", "float[b,6,1,4] k")
     body = SCORES + "a = Add (e, m)\n" + TAIL
     assert fuse(graph(body, inputs))[1:] == ([], {"shapes_not_proved"})
+
+
+def test_the_names_of_an_output_prove_no_heads() -> None:
+    """There may be fewer of k and v, each for several of q."""
+    body = "k = Cos (k0)\n v = Sin (v0)\n y = Attention <scale = 0.5> (q, k, v)"
+    inputs = "float[b,h,s,4] q, float[b,g,t,4] k0, float[b,g,t,4] v0"
+    outputs = "float[b,h,s,4] y, float[b,h,t,4] k, float[b,h,t,4] v"
+    proto = model(body, inputs, outputs, opset=23, ir_version=10)
+    assert fuse(proto)[1:] == (["Attention_hhhh_grouped_zero"], set())
+
+
+def test_the_names_of_a_cache_that_is_an_output_prove_its_length() -> None:
+    body = f"k = Concat <axis = 2> (past, k0)\n {STANDARD}"
+    inputs = HEADS.replace("float[b,6,t,4] k", "float[b,6,s,4] k0, float[b,6,g,4] past")
+    proto = model(body, inputs, f"{OUT}, float[b,6,t,4] k", opset=23, ir_version=10)
+    assert fuse(proto)[1:] == (["Attention_hhhh_mask_zero"], set())
 
 
 def test_f16_and_old_opsets() -> None:

@@ -173,6 +173,24 @@ def test_the_rows_of_an_output_are_inferred() -> None:
     assert check(proto) == (["Linear"], [])
 
 
+def test_the_names_of_an_output_prove_no_rows_behind_a_norm() -> None:
+    """The norm of a reshaped sum reads the sum itself, whose axes are those of x the other way."""
+    body = f"""
+      c = Cos (z)
+      a = Add (z, c)
+      f = Reshape (a, flat)
+      n = LayerNormalization (f, one)
+      h = MatMul (n, w)
+      {LEADING}
+      y = Reshape (h, t)
+    """
+    constants = {name: ROWS[name] for name in ("flat", "w", "wide")} | {"one": np.ones(8, "f")}
+    given = "float[b,s,8] x, float[s,b,8] z"
+    proto = model(body, given, "float[b,s,128] y, float[b,s,8] a", constants=constants)
+    after, _ = lowered(proto)
+    assert "Reshape" in {node.op_type for node in after.graph.node}
+
+
 @pytest.mark.parametrize(
     ("body", "given", "output"),
     [

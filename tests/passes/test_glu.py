@@ -368,6 +368,15 @@ def test_a_view_of_other_rows_is_no_half(shape: str, target: list[int], take: st
     assert site.attributes["layout"] == "pair"
 
 
+def test_the_names_of_an_output_prove_no_view() -> None:
+    body = f"v = Reshape(x, t)\n{TAKE['Gather'].format(at=2)}\n{UNIT}"
+    outputs = "float[n,m,8] y, float[b,s,2,8] v"
+    constants = {"zero": np.array(0), "one": np.array(1)}
+    proto = model(body, "float[b,s,16] x, int64[4] t", outputs, constants=constants)
+    site = only(same(proto, {"x": rows(5, 3, 16), "t": np.array([3, 5, 2, 8])}))
+    assert site.attributes["layout"] == "pair"
+
+
 @pytest.mark.parametrize("first", ["u", "g"])
 def test_one_half_twice_is_a_pair(first: str) -> None:
     body = f"{first}, other = Split<axis = -1, num_outputs = 2>(x)\n" + (

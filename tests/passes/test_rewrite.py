@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable
 
 import numpy as np
 import onnx_ir as ir
 import pytest
 
+import fusenorm
 from fusenorm.errors import BadInput
 from fusenorm.ops import DOMAIN, Gated, Norm, OpSpec
 from fusenorm.passes import facts
@@ -17,7 +19,7 @@ from fusenorm.passes.pattern import Const, Miss, Op, Pattern, Refusal, State, Va
 from fusenorm.passes.rewrite import Rewrite, RewritePass, Rule, first_accepted, root_key
 from fusenorm.passes.speller import Speller
 from fusenorm.passes.verify_graph import find_problem
-from tests.graphs import values, written
+from tests.graphs import model, rows, values, written
 
 SWISH = Gated("swish")
 SKIP = Norm(skip=True)
@@ -576,3 +578,35 @@ def test_a_constant_row_is_reshaped_by_a_node_a_constant_vector_at_once() -> Non
     scale = model.graph.initializers["made_up_flat"].const_value
     assert scale is not None
     np.testing.assert_array_equal(scale.numpy(), array.reshape(24))
+
+
+@pytest.mark.parametrize(
+    ("body", "shape"),
+    [
+        ("a = Add(x, z)\nf = Reshape(a, flat)\ny = LayerNormalization(f, row)", "n,8"),
+        (
+            "m = ReduceMean<keepdims = 1>(x, last)\nc = Sub(x, m)\nq = Mul(c, c)\n"
+            "v = ReduceMean<keepdims = 1>(q, last)\ne = Add(v, eps)\nr = Sqrt(e)\ny = Div(c, r)",
+            "n,4,8",
+        ),
+        (
+            "f = Flatten(x)\nh = MatMul(f, w)\ny = BatchNormalization(h, four, four, four, four)",
+            "n,4",
+        ),
+    ],
+)
+def test_an_output_keeps_the_names_it_was_given(body: str, shape: str) -> None:
+    constants = {
+        "flat": np.array([-1, 8]),
+        "last": np.array([-2, -1]),
+        "eps": np.float32(1e-5),
+        "row": np.ones(8, np.float32),
+        "four": np.ones(4, np.float32),
+        "w": rows(32, 4),
+    }
+    words = set(re.findall(r"\w+", body))
+    held = {name: array for name, array in constants.items() if name in words}
+    proto = model(body, "float[b,4,8] x, float[b,4,8] z", f"float[{shape}] y", constants=held)
+    result = fusenorm.optimize(proto)
+    assert [site.status for site in result.report.sites] == ["fused"]
+    assert str(result.model.graph.outputs[0].shape) == f"[{shape}]"

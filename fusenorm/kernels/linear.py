@@ -42,10 +42,9 @@ def functions(spec: Linear, lanes: int) -> list[Any]:
     which is 1 or even; none has more than `Tile.rows`, the last may have one fewer and then that
     one twice. The first multiplies: tiles f32 [(M + 1)·K], weight [P, K, PANEL], the biases [N],
     residual [M, N], y [M, N], of 16-bit weights wide f32 [K·PANEL, or twice that for a gated unit]
-    to write to, int64 height, taller, first and last tile, first and last panel of
-    y, then the attributes as float32; residual may be y itself. The second makes the tiles:
-    x [M, K], tiles, height, taller, first and last tile, then epsilon as float32 if it normalises
-    the rows.
+    to write to, int64 height, taller, first and last tile, first and last panel of y, then the
+    attributes as float32; residual may be y itself. The second makes the tiles: x [M, K], tiles,
+    height, taller, first and last tile, then epsilon as float32 if it normalises the rows.
     """
     product, tiles = symbols(spec)
     tile = Tile.of(spec, lanes)

@@ -94,9 +94,7 @@ def _multiply(spec: Linear, tile: Tile) -> None:
         count = T.bind(end - begin)
         with T.serial(count) as index:
             row, size = _rows(begin + index, height, taller, rows)
-            place = _Place(
-                T.bind(row * inner), panel, offset, *_fetched(tile, inner, index, count)
-            )
+            place = _Place(T.bind(row * inner), panel, offset, *_fetched(tile, inner, index, count))
             padded = _padded(size)
             if spec.residual:
                 item = DTYPES[spec.dtype].numpy.itemsize

@@ -63,6 +63,7 @@ class Site:
         keys_turn: whether k has the same.
         nodes: what computes it, last first.
         computed: shapes the source takes from elsewhere, and the value each is the shape of.
+        flattened: what Reshapes turn into kᵀ; no operand, but its sizes have names.
     """
 
     root: ir.Node
@@ -78,6 +79,7 @@ class Site:
     letters: dict[str, str] = dataclasses.field(default_factory=lambda: dict.fromkeys("qkvy", "h"))
     nodes: list[ir.Node] = dataclasses.field(default_factory=list)
     computed: dict[ir.Value, ir.Value] = dataclasses.field(default_factory=dict)
+    flattened: ir.Value | None = None
 
 
 def check_operands(site: Site) -> None:
@@ -119,6 +121,8 @@ def rewrite_of(root: ir.Node, site: Site) -> Rewrite:
     computed = {}
     for value, like in site.computed.items():
         dims = [dim if isinstance(dim, int) else symbols.get(dim.value) for dim in dims_of(like)]
+        if dims.count(None) == 1 and facts.made_by(like, "Reshape") is not None:
+            dims = [-1 if dim is None else dim for dim in dims]
         if None in dims:
             raise Refused("shapes_not_proved", root, f"{like.name} has a size found nowhere else")
         computed[value] = tuple(dim for dim in dims if dim is not None)
@@ -134,7 +138,15 @@ def rewrite_of(root: ir.Node, site: Site) -> Rewrite:
     )
 
 
-_ROLES = {"q": "BHSD", "k": "BGTD", "v": "BGTE", "mask": "BHST", "cos": "BHSR", "sin": "BHSR"}
+_ROLES = {
+    "q": "BHSD",
+    "k": "BGTD",
+    "v": "BGTE",
+    "mask": "BHST",
+    "cos": "BHSR",
+    "sin": "BHSR",
+    "flattened": "BHTD",
+}
 _CACHE_ROLES = dict.fromkeys(("cos", "sin"), "HBSR")  # three axes at most
 _SIZES = {"B": 2, "H": 6, "G": 3, "S": 5, "T": 7, "D": 4, "E": 3}
 

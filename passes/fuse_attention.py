@@ -337,6 +337,9 @@ def _read_flat_swap(site: Site, keys: ir.Value) -> ir.Value:
     ):
         raise Refused("keys", chain[0], f"{keys.name} is not provably a transpose of the keys")
     site.nodes += chain
+    site.flattened = value
+    for reshape in chain[::2]:
+        _note_shape(site, reshape)
     return value
 
 

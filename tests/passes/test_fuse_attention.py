@@ -475,6 +475,11 @@ FLAT = """ts = Shape <start = 2, end = 3> (k)\n bs = Shape <start = 0, end = 1> 
     flat = Concat <axis = 0> (any, ts, four)\n full = Concat <axis = 0> (bs, six, four, ts)
     kf = Reshape (k, flat)\n kp = Transpose <perm = [1, 0, 2]> (kf)\n kt = Reshape (kp, full)
 """
+FLAT_OF_ANOTHER = (
+    FLAT.replace("1, 0, 2", "0, 2, 1").replace("end = 1> (k)", "end = 1> (m)")
+    + "d = MatMul (q, kt)\n a = Mul (d, c)\n"
+    + TAIL
+)
 INTEGERS = {
     name: np.array([number], np.int64)
     for name, number in {"two": 2, "three": 3, "four": 4, "six": 6, "any": -1}.items()
@@ -495,6 +500,7 @@ GQA = (
         ("Attention_hhhh_mask", SCORES + "a = Add (m, e)\n" + TAIL, HEADS, OUT),
         ("Attention_hhhh_mask_safe", SCORES + "a = Add (e, m)\n" + SAFE, HEADS, OUT),
         ("Attention_hhhh_mask_grouped", GQA, GROUPED, OUT),
+        ("Attention_hhhh", FLAT_OF_ANOTHER, HEADS, OUT),
         (
             "Attention_sssh",
             MOVED + "y = Identity (o)",

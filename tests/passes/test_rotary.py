@@ -54,6 +54,10 @@ PART = "".join(
     for name in "qk"
 ) + KEYS.format("kw") + REST.format("qw")  # fmt: skip
 PART_INPUTS = INPUTS.replace("8] q", "12] qf").replace("8] k", "12] kf")
+FLAT = """rows = Shape <start = 2, end = 3> (kt)\n batch = Shape <start = 0, end = 1> (v)
+    flat = Concat <axis = 0> (last, rows, eight)
+    full = Concat <axis = 0> (batch, six, eight, rows)
+    kf = Reshape (kt, flat)\n kp = Transpose <perm = [0, 2, 1]> (kf)\n kk = Reshape (kp, full)\n"""
 CACHED = "qt = RotaryEmbedding (q, cos, sin)\n kt = RotaryEmbedding (k, cos, sin)\n"
 CACHES = INPUTS.replace("float[b,1,s,8]", "float[b,s,4]")
 NUMBERS = {
@@ -64,6 +68,7 @@ NUMBERS = {
     "two": np.array([2]),
     "three": np.array([3]),
     "four": np.array([4]),
+    "six": np.array([6]),
     "eight": np.array([8]),
     "end": np.array([2**31]),
     "last": np.array([-1]),
@@ -90,6 +95,7 @@ def _both(kind: str) -> str:
         ("qk", WRITTEN.replace("Add (qc, qs)", "Add (qs, qc)"), INPUTS),
         ("qk", WRITTEN.replace("Neg (q2)", "Mul (q2, minus)"), INPUTS),
         ("qk", WRITTEN.replace("axis = -1", "axis = 3"), INPUTS),
+        ("qk", Q + K + FLAT + REST.format("qt"), _both("[b,1,p,8]")),
         ("q", ONLY_Q, INPUTS),
         ("", ONLY_K, INPUTS),
         ("q", WRITTEN.replace("Mul (k, cos)", "Mul (k, sin)"), INPUTS),

@@ -139,7 +139,7 @@ def collect_sites(model: ir.Model) -> list[Site]:
             elif known and known[0] == "GLU":
                 # Its activation was fused; the product with the linear twin was not.
                 covered.update(known[1].nodes)
-                sites.append(_left(known[1].nodes[-1], "GLU", "refused"))
+                sites.append(_left(known[1].nodes[-1], "GLU", "refused", known[1]))
         elif node.domain == "" and node.op_type in NATIVE:
             sites.append(_left(node, NATIVE[node.op_type], "native"))
         elif (node.domain, node.op_type) in CONTRIB and MISS_KEY in node.meta:
@@ -270,14 +270,16 @@ def _centred(stream: Outcome) -> Site:
     )
 
 
-def _left(node: ir.Node, op: str, status: Status) -> Site:
+def _left(node: ir.Node, op: str, status: Status, miss: Miss | None = None) -> Site:
+    """A site that stays as it is; `miss` says why, if not the nearest one of the node."""
     known = node.meta.get(MISS_KEY)
-    refusal = known[1].refusal if known else None
+    miss = miss or (known[1] if known else None)
+    refusal = miss.refusal if miss else None
     if refusal is None:
         reason = None if status == "native" else "no_pattern"
         detail = None if status == "native" else f"no rule reaches this {node.op_type}"
     else:
         reason, detail = refusal.code, f"{refusal.node}: {refusal.detail}"
-    names = tuple(node_name(part) for part in known[1].nodes) if known else (node_name(node),)
+    names = tuple(node_name(part) for part in miss.nodes) if miss else (node_name(node),)
     output = node.outputs[0].name or ""
     return Site(op, status, reason, detail, names, output, {"kind": node.op_type})

@@ -468,12 +468,24 @@ def test_a_scaled_activation_is_no_gated_unit() -> None:
     assert [site.op for site in same(proto, {"x": rows(2, 3, 8)}).sites] == ["Swish"]
 
 
-def test_a_product_outside_a_fused_activation_is_reported() -> None:
-    body = "s = Sigmoid(x)\na = Mul(x, s)\ny = Mul(a, u)"
-    proto = model(body, "float[b,s,8] x, float[b,s,1] u")
+@pytest.mark.parametrize(
+    ("op", "body"),
+    [
+        ("Swish", "s = Sigmoid(x)\na = Mul(x, s)\n"),
+        # The rule of the activation comes further into the product than that of the unit.
+        (
+            "Gelu",
+            "d = Div(x, root)\ne = Erf(d)\ns = Add(e, one)\nh = Mul(x, half)\na = Mul(h, s)\n",
+        ),
+    ],
+)
+def test_a_product_outside_a_fused_activation_is_reported(op: str, body: str) -> None:
+    numbers = {"root": np.sqrt(2, dtype=np.float32), "one": np.float32(1), "half": np.float32(0.5)}
+    constants = {name: number for name, number in numbers.items() if name in body}
+    proto = model(body + "y = Mul(a, u)", "float[b,s,8] x, float[b,s,1] u", constants=constants)
     report = same(proto, {"x": rows(2, 3, 8), "u": rows(2, 3, 1)})
     assert [(site.op, site.status, site.reason) for site in report.sites] == [
-        ("Swish", "fused", None),
+        (op, "fused", None),
         ("GLU", "refused", "shapes_not_proved"),
     ]
     assert report.sites[1].output == "y"

@@ -18,8 +18,15 @@ from fusenorm.errors import BadInput
 
 
 def folder() -> Path:
-    """Where fusenorm keeps what it need not find out twice; may not exist yet."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    """Where fusenorm keeps what it need not find out twice; may not exist yet.
+
+    Raises:
+        BadInput: the user has no home folder.
+    """
+    try:
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError as error:
+        raise BadInput(f"no place for a cache ({error}): set XDG_CACHE_HOME") from error
     return Path(base, "fusenorm")
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import os
 import sys
 import tempfile
 import traceback
@@ -116,6 +117,7 @@ NormLinear = Annotated[
 
 def main() -> None:
     """Entry point of the `fusenorm` script."""
+    _open_streams()
     warnings.showwarning = lambda message, *_: _say(str(message), "warning")
     try:
         app()
@@ -125,6 +127,19 @@ def main() -> None:
         kind = type(error).__name__
         _say(f"internal error, please report it with what --debug shows: {kind}: {error}")
         sys.exit(2)
+
+
+def _open_streams() -> None:
+    """Where stdin, stdout or stderr was closed, as services do: nothing, not the next file."""
+    for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
+            os.set_inheritable(descriptor, True)
+        if getattr(sys, name) is None:
+            mode = "w" if descriptor else "r"
+            setattr(sys, name, open(descriptor, mode, encoding="utf-8", closefd=False))
 
 
 def _command(function: Callable[P, None], on: typer.Typer = app) -> Callable[P, None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -18,6 +19,7 @@ import onnxruntime as ort
 
 from fusenorm import __version__, cache
 from fusenorm.bench import OURS, measure
+from fusenorm.errors import BadInput
 from fusenorm.ops import DOMAIN, DTYPES, Linear
 from fusenorm.ops.linear import PANEL
 from fusenorm.passes.pattern import Refusal, node_name
@@ -214,7 +216,7 @@ def _read() -> dict[str, float]:
     """What was measured before; nothing if the file is missing or damaged."""
     try:
         found = json.loads(_file().read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, BadInput):
         return {}
     if not isinstance(found, dict):
         return {}
@@ -223,11 +225,12 @@ def _read() -> dict[str, float]:
 
 def _write(known: Mapping[str, float]) -> None:
     """Remember it, where that is possible."""
-    path = _file()
-    fresh = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with contextlib.suppress(OSError, BadInput):
+        path = _file()
         path.parent.mkdir(parents=True, exist_ok=True)
-        fresh.write_text(json.dumps(known, indent=1, sort_keys=True), encoding="utf-8")
-        fresh.replace(path)
-    except OSError:
-        fresh.unlink(missing_ok=True)
+        fresh = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            fresh.write_text(json.dumps(known, indent=1, sort_keys=True), encoding="utf-8")
+            fresh.replace(path)
+        except OSError:
+            fresh.unlink(missing_ok=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
+import os
 from pathlib import Path
 
 import numpy as np
@@ -71,6 +73,38 @@ def test_a_measurement_is_remembered(
     cache.write_text("damaged {", encoding="utf-8")
     slower(lowered, Path("none.so"), "x86-64-v4")
     assert len(measured) == 9
+
+
+def test_where_nothing_can_be_remembered_it_is_measured_anew(
+    two_maps: onnx.ModelProto, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lowered, _ = lower_regions(fusenorm.optimize(two_maps).model)
+    monkeypatch.setattr(tune, "share", lambda *_: 0.5)
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert len(slower(lowered, Path("none.so"), "x86-64-v3")) == 3
+
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", no_home)
+    assert len(slower(lowered, Path("none.so"), "x86-64-v3")) == 3
+
+
+def test_where_a_measurement_cannot_be_written_nothing_fails(
+    two_maps: onnx.ModelProto, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lowered, _ = lower_regions(fusenorm.optimize(two_maps).model)
+    monkeypatch.setattr(tune, "share", lambda *_: 0.5)
+
+    def read_only(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    cache.parent.mkdir()
+    for name in ("write_text", "unlink"):  # both say so on a file system mounted read-only
+        monkeypatch.setattr(Path, name, read_only)
+    assert len(slower(lowered, Path("none.so"), "x86-64-v3")) == 3
 
 
 @pytest.mark.kernel

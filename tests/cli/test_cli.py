@@ -284,6 +284,14 @@ def test_as_a_module(root) -> None:
     assert output == f"fusenorm {__version__}\n"
 
 
+def test_closed_streams_are_no_error(root, llama) -> None:
+    command = [sys.executable, "-m", "fusenorm", "explain", str(llama), "--expect", "13"]
+    script = 'exec "$@" <&- >&- 2>&-'
+    assert subprocess.run(["sh", "-c", script, "sh", *command], cwd=root).returncode == 0
+    command[-1] = "12"
+    assert subprocess.run(["sh", "-c", script, "sh", *command], cwd=root).returncode == 1
+
+
 def test_a_mistake_of_ours_is_one_line(monkeypatch, capsys) -> None:
     def fail() -> None:
         raise KeyError("oops")

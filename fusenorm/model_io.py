@@ -35,6 +35,8 @@ def load_model(path: str | os.PathLike[str]) -> ir.Model:
             cyclic, or its external data is missing or lies outside the model's folder.
     """
     file = Path(path)
+    if file.is_dir():
+        raise BadInput("is a folder, not a model", file=file)
     if not file.is_file():
         raise BadInput("no such file", file=file)
     try:
@@ -51,7 +53,10 @@ def load_model(path: str | os.PathLike[str]) -> ir.Model:
     for value in _initializers(model):
         tensor = value.const_value
         if isinstance(tensor, ir.ExternalTensor):
-            tensor.base_dir = file.parent.resolve()
+            tensor.base_dir = folder = file.parent.resolve()
+            real = Path(tensor.path).resolve()
+            if not real.is_relative_to(folder):  # onnx_ir follows no such link
+                value.const_value = tensor = _elsewhere(tensor, real.name, real.parent)
             _check_external_size(tensor, file)
     sort_graphs(model, file)
     return model
@@ -128,8 +133,12 @@ def _initializers(model: ir.Model) -> list[ir.Value]:
 
 
 def _check_external_paths(proto: onnx.ModelProto, file: Path) -> None:
-    """External data must lie in the model's folder and exist."""
+    """External data must exist, in the model's folder or, as caches have it, where its link leads.
+
+    That is what onnxruntime demands, too.
+    """
     root = file.parent.resolve()
+    roots = (root, file.resolve().parent)
     for tensor in onnx.external_data_helper._get_all_tensors(proto):
         if tensor.data_location != onnx.TensorProto.EXTERNAL:
             continue
@@ -140,8 +149,14 @@ def _check_external_paths(proto: onnx.ModelProto, file: Path) -> None:
                 f"external data of {tensor.name} points outside the model's folder: {location!r}",
                 file=file,
             )
-        if not target.is_file() or not target.resolve().is_relative_to(root):
+        if not target.is_file():
             raise BadInput(f"external data file {location} of {tensor.name} is missing", file=file)
+        if not any(target.resolve().is_relative_to(folder) for folder in roots):
+            raise BadInput(
+                f"external data file {location} of {tensor.name} is a link out of the model's "
+                "folder: copy it there",
+                file=file,
+            )
 
 
 def _check_external_size(tensor: ir.ExternalTensor, file: Path) -> None:
@@ -214,8 +229,8 @@ def _weights_for(model: ir.Model, file: Path, stage: Path, most: int) -> Iterato
     for value, tensor in before.items():
         if isinstance(tensor, ir.ExternalTensor):
             path = Path(tensor.path)
-            files.setdefault(path.parent.resolve() / path.name, {})[value] = tensor
-    names = (name for name in _data_names(file) if home / name not in files)
+            files.setdefault(path.resolve(), {})[value] = tensor
+    names = (name for name in _data_names(file) if (home / name).resolve() not in files)
     try:
         for source, stored in files.items():
             if source.is_relative_to(home):
@@ -254,7 +269,9 @@ def _data_names(file: Path) -> Iterator[str]:
     yield from (f"{file.name}{DATA_SUFFIX}.{index}" for index in itertools.count(1))
 
 
-def _elsewhere(tensor: ir.ExternalTensor, location: str) -> ir.ExternalTensor:
+def _elsewhere(
+    tensor: ir.ExternalTensor, location: str, folder: str | os.PathLike[str] = ""
+) -> ir.ExternalTensor:
     """The same tensor in a file of the same content."""
     return ir.ExternalTensor(
         location,
@@ -263,6 +280,7 @@ def _elsewhere(tensor: ir.ExternalTensor, location: str) -> ir.ExternalTensor:
         tensor.dtype,
         shape=tensor.shape,
         name=tensor.name or "",
+        base_dir=folder,
     )
 
 

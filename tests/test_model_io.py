@@ -61,6 +61,7 @@ def test_what_onnx_ir_cannot_read(tmp_path: Path) -> None:
 
 def test_missing_file(tmp_path: Path) -> None:
     _refused(tmp_path / "none.onnx", "no such file")
+    _refused(tmp_path, "is a folder")
 
 
 @pytest.mark.parametrize("content", [b"", b"hello, this is no model", b"\x00" * 4096])
@@ -163,7 +164,27 @@ def test_external_data_through_a_link_out_of_its_folder(tmp_path: Path) -> None:
     (tmp_path / "secret").write_bytes(WEIGHT.tobytes())
     path = _external(inside, "link.bin")
     (inside / "link.bin").symlink_to(tmp_path / "secret")
-    _refused(path, "link.bin")
+    _refused(path, "link.bin", "a link out")
+
+
+@pytest.mark.parametrize("name", ["saved.onnx", "model.onnx"])
+def test_external_data_where_the_links_of_a_cache_lead(tmp_path: Path, name: str) -> None:
+    for folder in ("blobs", "snapshot"):
+        (tmp_path / folder).mkdir()
+    path = _external(tmp_path / "snapshot", "model.onnx.data")
+    link = path.with_name("model.onnx.data")
+    path.with_name("weights.bin").rename(link)
+    for file in (path, link):
+        file.rename(tmp_path / "blobs" / file.name)
+        file.symlink_to(f"../blobs/{file.name}")
+    saved = path.with_name(name)
+    written = save_model(load_model(path), saved)
+    assert written[0].name in ("saved.onnx.data", "model.onnx.data.1")
+    assert link.is_symlink()  # what weights are read from is not replaced
+    _same_outputs(tmp_path / "blobs" / "model.onnx", saved)
+    weight = load_model(path).graph.initializers["w"].const_value
+    assert weight is not None
+    np.testing.assert_array_equal(weight.numpy(), WEIGHT)
 
 
 def test_a_failed_save_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from fusenorm.artifact.manifest import DIGEST
 from fusenorm.errors import BadInput
 
 
@@ -24,9 +25,13 @@ def fresh_folder(folder: str | os.PathLike[str], marker: str, kind: str) -> Iter
         kind: what such a folder is, for the error.
 
     Raises:
-        BadInput: something else is there, or it cannot be written.
+        BadInput: something else is there, it would lie in an artifact, which then would not be
+            whole, or it cannot be written.
     """
     target = Path(os.path.abspath(folder))
+    for parent in target.parents:
+        if (parent / DIGEST).is_file():
+            raise BadInput(f"lies in the artifact {parent}: choose another place", file=folder)
     if target.is_symlink() or (target.exists() and not _holds(target, marker)):
         raise BadInput(f"exists and is not {kind}: choose another -o", file=folder)
     try:
@@ -38,6 +43,8 @@ def fresh_folder(folder: str | os.PathLike[str], marker: str, kind: str) -> Iter
         yield stage
         stage.chmod(0o755)
         _put_in_place(stage, target, marker)
+    except shutil.Error as error:  # of every file that could not be copied
+        raise BadInput(f"cannot be written: {error.args[0][0][-1]}", file=folder) from error
     except OSError as error:
         raise BadInput(f"cannot be written: {error.strerror or error}", file=folder) from error
     finally:

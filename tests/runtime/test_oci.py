@@ -96,6 +96,12 @@ def test_nothing_but_a_layout_is_overwritten(folder: Path, tmp_path: Path) -> No
         pack_oci(folder, folder)
 
 
+def test_nothing_is_written_into_an_artifact(folder: Path) -> None:
+    with pytest.raises(BadInput, match=r"lies in the artifact .*fused\.fnorm: choose another"):
+        pack_oci(folder, folder / "some" / "layout")
+    open_artifact(folder)
+
+
 def test_the_command(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     result = CliRunner().invoke(cli.app, ["pack", "--oci", str(folder), "--json"])

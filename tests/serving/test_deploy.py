@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path, PurePosixPath
@@ -215,6 +216,17 @@ def test_a_copy_that_went_wrong_is_not_put_in_place(
         triton.deploy(folder, repo, name="m")
     open_artifact(repo / "m" / "1")
     assert names(repo / "m") == ["1", "config.pbtxt"]
+
+
+def test_a_full_disk_is_one_line(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise shutil.Error([("a", "b", "No space left on device"), ("c", "d", "and so on")])
+
+    monkeypatch.setattr(folders.shutil, "copytree", full)
+    with pytest.raises(BadInput, match=r"m/1: cannot be written: No space left on device$"):
+        triton.deploy(folder, tmp_path / "repo", name="m")
 
 
 def test_what_is_not_ours_stays(folder: Path, tmp_path: Path) -> None:

@@ -225,8 +225,10 @@ def optimize(
                 "--ray makes artifacts with every pass: leave --emit, --limit, --inputs, --dim and "
                 "the passes out"
             )
-        from fusenorm.fleet import optimize_and_report
-
+        try:
+            from fusenorm.fleet import optimize_and_report
+        except ImportError as error:
+            raise BadInput(f"--ray needs: pip install 'fusenorm[ray]' ({error})") from error
         wanted = ",".join(target or ["cpu"]).split(",")
         optimize_and_report(models, wanted, output or Path(), ray, not no_tune, as_json)
         return

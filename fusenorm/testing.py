@@ -158,6 +158,7 @@ def _outputs(model: onnx.ModelProto, feeds: Mapping[str, np.ndarray]) -> list[np
     import onnxruntime as ort
 
     options = ort.SessionOptions()
+    options.log_severity_level = 4  # what goes wrong is raised
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = ort.InferenceSession(
         model.SerializeToString(), options, providers=["CPUExecutionProvider"]

@@ -270,6 +270,13 @@ def test_ray_takes_every_pass(llama) -> None:
     assert "every pass" in one_line(result, 2)
 
 
+def test_ray_is_an_extra(llama, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    monkeypatch.delitem(sys.modules, "fusenorm.fleet", raising=False)
+    result = invoke("optimize", llama, "--ray", "local")
+    assert "pip install 'fusenorm[ray]'" in one_line(result, 2)
+
+
 def test_debug_shows_the_traceback(garbage) -> None:
     result = invoke("explain", garbage, "--debug")
     assert result.exit_code == 2

@@ -58,6 +58,11 @@ def test_check_rule_sees_a_wrong_rule() -> None:
         check_rule(Wrong(), "Gelu", opsets=(18,))
 
 
+def test_check_rule_says_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    assert check_rule(TanhSwish(), "Swish", opsets=(18,), limit=2) == 2
+    assert capfd.readouterr().err == ""  # onnxruntime warns about constants nothing reads
+
+
 def test_as_a_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     info = tmp_path / "tanh_swish-1.0.dist-info"
     info.mkdir()

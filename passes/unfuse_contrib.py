@@ -226,24 +226,24 @@ def _type_rows(node: ir.Node, entry: _Contrib, dtype: DType) -> None:
 def _function(name: str, node: ir.Node, entry: _Contrib, call: _Call, opset: int) -> ir.Function:
     body = Body(opset)
     names = entry.inputs[: len(node.inputs)]
-    given = [name for name, present in zip(names, call.present, strict=True) if present]
+    given = [slot for slot, present in zip(names, call.present, strict=True) if present]
     stored = call.dtype
     if "sum_bias" in given:  # three terms, and only their sum is rounded
         call = dataclasses.replace(call, dtype="f32")
-    for name in given:
-        body.cast(name, f"{name}_stored", stored, call.dtype)
+    for slot in given:
+        body.cast(slot, f"{slot}_stored", stored, call.dtype)
     entry.write(body, call)
-    slots = enumerate(entry.outputs[: len(node.outputs)])
+    results = enumerate(entry.outputs[: len(node.outputs)])
     outputs = ", ".join(
-        body.cast(f"{slot}_stored", slot, call.dtype, stored)
-        if slot
+        body.cast(f"{result}_stored", result, call.dtype, stored)
+        if result
         else body.let(f"unused_{index}", "Identity (x)")
-        for index, slot in slots
+        for index, result in results
     )
     lines = "\n".join(body.lines)
     for number, value in call.numbers.items():
         lines = lines.replace(f"@{number}", repr(value))
-    inputs = ", ".join(f"{name}_stored" if call.dtype != stored else name for name in names)
+    inputs = ", ".join(f"{slot}_stored" if call.dtype != stored else slot for slot in names)
     text = (
         f'<domain: "{_BODIES}", opset_import: ["" : {opset}]>\n'
         f"{name} ({inputs}) => ({outputs})\n{{\n{lines}\n}}"

@@ -69,6 +69,22 @@ def test_contrib_op(body: str, op: str) -> None:
         np.testing.assert_allclose(b, a, rtol=0, atol=1e-5 * np.abs(a).max())
 
 
+def test_every_node_is_what_it_is_itself() -> None:
+    """Nodes of equal inputs differ: in what they are, their attributes, the outputs they give."""
+    proto = _model(
+        f"p = {MS}.Gelu(x)\n q = {MS}.QuickGelu(r)\n t = {MS}.QuickGelu<alpha = 3.0>(x)\n"
+        "n = Add (p, q)\n"
+        f"u, m, v, s = {MS}.SkipLayerNormalization<epsilon = 0.01>(n, t, g, b)\n"
+        f"y = {MS}.SkipLayerNormalization<epsilon = 1.0>(u, s, g, b)",
+        "float[n,s,16] y",
+    )
+    result = fusenorm.optimize(proto)
+    assert fused_ops(result.report) == ["Gelu", *["SkipLayerNorm"] * 2, *["Swish"] * 2]
+    feeds = {"x": rows(2, 3, 16), "r": rows(2, 3, 16, seed=1)}
+    (wanted,), (got,) = run(proto, feeds), run(ir.to_proto(result.model), feeds)
+    np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
+
+
 def test_a_gated_gelu_of_biased_halves() -> None:
     """No kernel on a CPU computes it: the second half, through GELU, gates the first."""
     proto = _model(f"y = {MS}.BiasSplitGelu(x, b)", "float[n,s,8] y")

@@ -139,7 +139,7 @@ def _open_streams() -> None:
             os.set_inheritable(descriptor, True)
         if getattr(sys, name) is None:
             mode = "w" if descriptor else "r"
-            setattr(sys, name, open(descriptor, mode, encoding="utf-8", closefd=False))
+            setattr(sys, name, open(descriptor, mode, encoding="utf-8"))  # noqa: SIM115
 
 
 def _command(function: Callable[P, None], on: typer.Typer = app) -> Callable[P, None]:

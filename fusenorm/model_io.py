@@ -23,8 +23,9 @@ EXTERNAL_DATA_BYTES = 1 << 30
 SMALL_BYTES = 1 << 8  # shapes and scalars stay inside, where shape inference reads them
 DATA_SUFFIX = ".data"
 _FICLONE = 0x40049409  # linux/fs.h
-# Operators onnxruntime keeps in the standard domain although ONNX does not have them.
-RUNTIME_OPERATORS = frozenset({"SimplifiedLayerNormalization"})
+# Operators onnxruntime has in the standard domain at every opset, where its optimizer writes them.
+# ONNX has the first from opset 17 on, the second never.
+RUNTIME_OPERATORS = frozenset({"LayerNormalization", "SimplifiedLayerNormalization"})
 
 
 def load_model(path: str | os.PathLike[str]) -> ir.Model:

@@ -69,6 +69,23 @@ def test_contrib_op(body: str, op: str) -> None:
         np.testing.assert_allclose(b, a, rtol=0, atol=1e-5 * np.abs(a).max())
 
 
+@pytest.mark.parametrize("opset", [12, 16])
+def test_a_layer_norm_before_the_standard_had_it(opset: int) -> None:
+    """onnxruntime's optimizer writes it into models of any opset, and its session runs them."""
+    proto = _model(
+        "t = Add (x, r)\n n = LayerNormalization<axis = -1, epsilon = 0.01>(t, g, b)\n"
+        "y = LayerNormalization<axis = -1>(n, g, b)",
+        "float[n,s,16] y",
+    )
+    proto.opset_import[0].version = opset
+    result = fusenorm.optimize(proto)
+    found = [(site.op, site.status) for site in result.report.sites]
+    assert found == [("SkipLayerNorm", "fused"), ("LayerNorm", "native")]
+    feeds = {"x": rows(2, 3, 16), "r": rows(2, 3, 16, seed=1)}
+    (wanted,), (got,) = run(proto, feeds), run(ir.to_proto(result.model), feeds)
+    np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
+
+
 def test_every_node_is_what_it_is_itself() -> None:
     """Nodes of equal inputs differ: in what they are, their attributes, the outputs they give."""
     proto = _model(

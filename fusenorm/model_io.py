@@ -33,9 +33,14 @@ def load_model(path: str | os.PathLike[str]) -> ir.Model:
 
     Raises:
         BadInput: the file is missing, cut short, not ONNX, newer than this onnx package knows,
-            cyclic, or its external data is missing or lies outside the model's folder.
+            cyclic, or its external data is missing or lies outside the model's folder; or its
+            name is none onnxruntime can open.
     """
     file = Path(path)
+    try:
+        str(file).encode()
+    except UnicodeEncodeError as error:
+        raise BadInput("the name is not UTF-8: rename it", file=file) from error
     if file.is_dir():
         raise BadInput("is a folder, not a model", file=file)
     if not file.is_file():

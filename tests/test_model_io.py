@@ -64,6 +64,12 @@ def test_missing_file(tmp_path: Path) -> None:
     _refused(tmp_path, "is a folder")
 
 
+def test_a_name_onnxruntime_cannot_open(tmp_path: Path) -> None:
+    path = tmp_path / os.fsdecode(b"latin-\xe9.onnx")
+    path.write_bytes(model("y = Relu(x)").SerializeToString())
+    _refused(path, "not UTF-8")
+
+
 @pytest.mark.parametrize("content", [b"", b"hello, this is no model", b"\x00" * 4096])
 def test_not_onnx(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "text.onnx"

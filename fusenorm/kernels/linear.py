@@ -2,9 +2,10 @@
 
 The rows of x are laid out once, in tiles of some rows: per column of x its numbers of those rows,
 widened to f32 and normalised, if the op does so. The accumulators of a tile fill most vector
-registers; tiles and panels are both read from front to back. 16-bit weights are widened in
-registers; the first of several tiles leaves them in f32 for the others. A tile's sums go through
-a small buffer to the epilogue, which is the row program of the activation or gated unit.
+registers; tiles and panels are both read from front to back, the gate of a gated unit before its
+up. 16-bit weights are widened in registers; the first of several tiles leaves them in f32 for the
+others. A tile's sums go through a small buffer to the epilogue, which is the row program of the
+activation or gated unit.
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ from fusenorm.ops.linear import PANEL
 # Bytes of a panel fetched ahead of their use: the hardware's own prefetching stops at each page.
 # Few rows wait for memory: what is still far off is kept from taking the first cache's own buffers.
 # Of many rows the tile itself is fetched too.
-_AHEAD, _FAR, _NEAR, _LINE = 8192, 16384, 2048, 64
-# Tiles that share the fetching of the next panel.
+_AHEAD, _FAR, _NEAR, _LINE = 4096, 16384, 2048, 64
+# Tiles that share the fetching of the next columns: the last ones, or the rows of others would
+# drive them out of the second cache before they are used.
 _SHARES = 8
 # Rows of a tile from which laying them out as vectors pays.
 _TRANSPOSED = 4
@@ -46,7 +48,7 @@ def functions(spec: Linear, lanes: int) -> list[Any]:
     height, taller, first and last tile, then epsilon as float32 if it normalises the rows.
     """
     product, tiles = symbols(spec)
-    tile = Tile.of(spec, lanes)
+    tile = Tile.of(lanes)
     with function(product, noalias=not spec.residual) as multiplying:
         _multiply(spec.products, tile)
     with function(tiles) as laying_out:
@@ -84,7 +86,8 @@ def _multiply(spec: Linear, tile: Tile) -> None:
         name: _buffer(slots[name], handles[name], shapes.get(name, (columns,)))
         for name in sorted(handles, key=lambda name: name != "y")
     }
-    sums = _on_stack(tile.rows * tile.columns)
+    parts = 2 if spec.gated else 1
+    sums = _on_stack(parts * tile.size)
     epilogue = _Epilogue(spec, tile, buffers, numbers, sums)
     steps = PANEL // tile.width
     with T.serial((last - first) * steps) as step:
@@ -94,19 +97,21 @@ def _multiply(spec: Linear, tile: Tile) -> None:
         count = T.bind(end - begin)
         with T.serial(count) as index:
             row, size = _rows(begin + index, height, taller, rows)
-            place = _Place(T.bind(row * inner), panel, offset, *_fetched(tile, inner, index, count))
-            padded = _padded(size)
+            start, padded = T.bind(row * inner), _padded(size)
+            far, pace = _fetched(tile, inner, parts, step % steps, index, count)
             if spec.residual:
                 item = DTYPES[spec.dtype].numpy.itemsize
                 with T.serial(size) as i:
                     for later in range(0, tile.width, _LINE // item):
                         prefetch(buffers["residual"][row + i, column + later], 1)
-            for known in (1, *range(2, tile.rows + 1, 2)):
-                turns = _turns(spec, tile, known, index, count)
-                for turn, holds in turns.items():
-                    with T.If(T.And(padded == known, holds)), T.Then():
-                        read = _Panels(buffers["weight"], wide, turn)
-                        _accumulate(spec, tile, tiles, read, sums, known, place)
+            with T.serial(parts) as part:
+                place = _Place(start, part, T.bind(panel * parts + part), offset, far, pace)
+                for known in (1, *range(2, tile.rows + 1, 2)):
+                    turns = _turns(spec, tile, known, index, count)
+                    for turn, holds in turns.items():
+                        with T.If(T.And(padded == known, holds)), T.Then():
+                            read = _Panels(buffers["weight"], wide, turn)
+                            _accumulate(spec, tile, tiles, read, sums, known, place)
             epilogue.finish(row, size, column)
 
 
@@ -133,8 +138,8 @@ class _Panels:
 
     Attributes:
         weight: [P, K, PANEL].
-        wide: the columns of the tile in f32, row after row: the first tile makes them, later ones
-            read them; none of f32 weights.
+        wide: the columns of the tile in f32, row after row of each part: the first tile makes them,
+            later ones read them; none of f32 weights.
         turn: of the tile.
     """
 
@@ -153,25 +158,33 @@ class _Place:
 
     Attributes:
         start: its first number in `tiles`.
-        panel: of y.
+        part: 1 for the up of a gated unit, else 0.
+        panel: of the weight.
         offset: the first column in that panel.
         far, pace: which weight to fetch at its row 0, counted from the panel's first, and how many
             further at each next row.
     """
 
     start: Expr
+    part: Expr
     panel: Expr
     offset: Expr
     far: Expr
     pace: Expr
 
 
-def _fetched(tile: Tile, inner: Expr, index: Expr, count: Expr) -> tuple[Expr, Expr]:
-    """`far` and `pace` of tile `index` of `count`: the first of several share the next panel."""
+def _fetched(
+    tile: Tile, inner: Expr, parts: int, step: Expr, index: Expr, count: Expr
+) -> tuple[Expr, Expr]:
+    """`far` and `pace` of tile `index` of `count` in a step over its panel.
+
+    All steps together fetch the next panel of the same part; the last of several tiles share in it.
+    """
     shares = T.bind(T.min(count, T.int64(_SHARES)))
-    idle = index >= shares
-    pace = T.bind(T.truncdiv(PANEL + shares - 1, shares))
-    far = inner * (PANEL * tile.parts + index * pace)
+    own = T.bind(index - (count - shares))
+    pace = T.bind(T.truncdiv(tile.width + shares - 1, shares))
+    far = inner * (PANEL * parts + step * tile.width + own * pace)
+    idle = own < 0
     return T.bind(T.Select(idle, T.int64(0), far)), T.bind(T.Select(idle, T.int64(0), pace))
 
 
@@ -203,60 +216,40 @@ def _accumulate(
 ) -> None:
     """Products of a tile of `rows` rows with the tile's columns, left in `sums`."""
     weight, wide, several = panels.weight, panels.wide, panels.turn != "only"
-    lanes, per_row = Lanes(tile.lanes), tile.vectors * tile.parts
+    lanes, inner = Lanes(tile.lanes), weight.shape[1]
     size = DTYPES[spec.dtype].numpy.itemsize
-    totals = lanes.zeros(rows * per_row)
-    strides = _strides(tile, rows, weight.shape[1])
-    with T.serial(weight.shape[1]) as k:
-        weights = []
-        for part in range(tile.parts):
-            panel = place.panel * tile.parts + part
-            row = T.bind((k * tile.parts + part) * tile.width)
-            if panels.widened:
-                for column in range(0, tile.width, _LINE // 4):
-                    prefetch(wide[row + column + _AHEAD // 4], 1)
-            else:
-                for column in range(0, tile.width, _LINE // size):
-                    ahead = {1: _AHEAD} if several else {2: _FAR, 1: _NEAR}
-                    for level, count in ahead.items():
-                        later = k + count // (PANEL * size)
-                        prefetch(weight[panel, later, place.offset + column], level)
-            if several:
-                prefetch(weight[panel, T.int64(0), place.far + k * place.pace], 2)
-            for vector in range(tile.vectors):
-                kept = T.ramp(row + vector * tile.lanes, 1, tile.lanes)
-                if panels.widened:
-                    weights.append(T.bind(wide[kept]))
-                    continue
-                column = T.ramp(place.offset + vector * tile.lanes, 1, tile.lanes)
-                weights.append(T.bind(widen(lanes, spec.dtype, weight[panel, k, column])))
-                if panels.turn == "first":
-                    T.buffer_store(wide, weights[-1], [kept])
+    totals = lanes.zeros(rows * tile.vectors)
+    kept = T.bind(place.part * inner * tile.width)
+    with T.serial(inner) as k:
         if several:
+            prefetch(weight[place.panel, T.int64(0), place.far + k * place.pace], 2)
             prefetch(tiles[place.start + k * rows + _NEAR // 4], 1)
+        if panels.widened:
+            for column in range(0, tile.width, _LINE // 4):
+                prefetch(wide[kept + k * tile.width + column + _AHEAD // 4], 1)
+        else:
+            for column in range(0, tile.width, _LINE // size):
+                ahead = {1: _AHEAD} if several else {2: _FAR, 1: _NEAR}
+                for level, count in ahead.items():
+                    later = k + count // (PANEL * size)
+                    prefetch(weight[place.panel, later, place.offset + column], level)
+        weights = []
+        for vector in range(tile.vectors):
+            at = T.ramp(kept + k * tile.width + vector * tile.lanes, 1, tile.lanes)
+            if panels.widened:
+                weights.append(T.bind(wide[at]))
+                continue
+            column = T.ramp(place.offset + vector * tile.lanes, 1, tile.lanes)
+            weights.append(T.bind(widen(lanes, spec.dtype, weight[place.panel, k, column])))
+            if panels.turn == "first":
+                T.buffer_store(wide, weights[-1], [at])
         for i in range(rows):
-            read = strides if i < rows // 2 else strides[:1]
-            places = [place.start + k * stride + i for stride in read]
-            spread = [T.bind(lanes.spread(tiles[at])) for at in places]
+            spread = T.bind(lanes.spread(tiles[place.start + k * rows + i]))
             for j, vector in enumerate(weights):
-                lanes.add(totals[i * per_row + j], spread[j % len(spread)] * vector)
+                lanes.add(totals[i * tile.vectors + j], spread * vector)
     for index, total in enumerate(totals):
-        target = T.ramp(index * tile.lanes, 1, tile.lanes)
+        target = T.ramp(place.part * tile.size + index * tile.lanes, 1, tile.lanes)
         T.buffer_store(sums, total[T.ramp(0, 1, tile.lanes)], [target])
-
-
-def _strides(tile: Tile, rows: int, inner: Expr) -> list[Expr]:
-    """From one column of a tile to the next, once for each read of a number in half of its rows.
-
-    A multiply-add of AVX-512 broadcasts an operand from memory itself. A number read twice so
-    takes fewer instructions than one kept in a register for two: 1.1 times the speed beside
-    another thread of the core. For all rows, it would take too many loads. LLVM makes one read of
-    two by equal strides, so it may not know that these are.
-    """
-    stride = T.int64(rows)
-    if tile.lanes < 16 or tile.vectors * tile.parts != 2:
-        return [stride]
-    return [stride, T.bind(stride + T.shift_right(inner, 40))]
 
 
 # -- the rows of x
@@ -270,8 +263,7 @@ def _lay_out(spec: Linear, tile: Tile) -> None:
     rows, inner = T.int64(), T.int64()
     x = _buffer(spec.inputs[0], source, (rows, inner))
     tiles = T.match_buffer(target, (T.int64(),), "float32", align=4)
-    most = Tile.of(Linear(), tile.lanes).rows  # of any op that shares the function
-    prologue = Prologue(norm, Lanes(tile.lanes), x, numbers, most) if norm else None
+    prologue = Prologue(norm, Lanes(tile.lanes), x, numbers, tile.rows) if norm else None
 
     def value(lanes: Lanes, stored: Expr, i: Expr) -> Expr:
         if prologue is not None:
@@ -371,8 +363,8 @@ class _Epilogue:
             for vector in range(tile.vectors):
                 columns = T.ramp(column + vector * tile.lanes, 1, tile.lanes)
                 parts = [
-                    self._sum(i * tile.columns + part * tile.width, part, vector, columns)
-                    for part in range(tile.parts)
+                    self._sum(part * tile.size + i * tile.width, part, vector, columns)
+                    for part in range(2 if self.spec.gated else 1)
                 ]
                 value = self._apply(parts)
                 if self.spec.residual:

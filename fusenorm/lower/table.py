@@ -71,7 +71,7 @@ def _parts(spec: OpSpec) -> int:
 
 def _tile(spec: OpSpec, target: Target) -> int:
     """Rows a linear kernel takes at a time."""
-    return Tile.of(spec, LANES[target.level]).rows if isinstance(spec, Linear) else 1
+    return Tile.of(LANES[target.level]).rows if isinstance(spec, Linear) else 1
 
 
 def _norm(spec: OpSpec) -> int:

@@ -86,7 +86,7 @@ class Kernels:
         functions = [self.function(name) for name in symbols(spec)]
         if isinstance(spec, Linear):
             lanes = cast(int, self.function("fusenorm_lanes")())
-            return LinearOp(spec, Tile.of(spec, lanes).rows, *functions)
+            return LinearOp(spec, Tile.of(lanes).rows, *functions)
         return Op(spec, functions[0], functions[-1])
 
     def function(self, symbol: str) -> Callable[..., object]:

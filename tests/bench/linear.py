@@ -33,7 +33,7 @@ from fusenorm.runtime.direct import open_library
 
 LANES = Lanes({"x86-64-v4": 16, "x86-64-v3": 8}.get(Target.host().level, 4))
 CHAINS = 24
-STEPS = 1 << 20
+STEPS = 1 << 23  # for tens of milliseconds: after waiting for memory a clock takes some to rise
 FLOPS = 2 * CHAINS * LANES.count * STEPS
 BYTES = 1 << 28
 WEIGHTS = 1 << 27

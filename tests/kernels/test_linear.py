@@ -383,23 +383,17 @@ def test_y_may_lie_where_x_does_that_is_the_residual_too(
     [*SHAPED[:4], Linear(dtype="f16"), Linear("swish", gated=True, dtype="f16")],
     ids=lambda spec: spec.op_type,
 )
-def test_the_loops_of_products_use_registers_and_operands_well(spec: Linear) -> None:
-    """Whatever the epilogue needs, its constants must not push the sums to the stack.
-
-    Half of the rows are read by the multiply-adds, which an index would split into two again.
-    """
+def test_sums_stay_in_registers(spec: Linear) -> None:
+    """Whatever the epilogue needs, its constants must not push them to the stack."""
     target = Target.parse("x86-64-v4")
-    tile = Tile.of(spec, LANES[target.level])
+    tile = Tile.of(LANES[target.level])
     assembly = compile_module([spec], target).inspect_source("asm")
     blocks = re.split(r"^\.LBB.*$", assembly, flags=re.MULTILINE)
-    products = tile.rows * tile.vectors * tile.parts
+    products = tile.rows * tile.vectors
     loops = [block for block in blocks if block.count("vfmadd231ps") == products]
     assert len(loops) == (2 if spec.dtype == "f32" else 3)
     for loop in loops:
         assert [line for line in loop.splitlines() if "rsp" in line and "zmm" in line] == []
-        reads = re.findall(r"vfmadd231ps\s+\S*\(([^)]*)\)\{1to16\}", loop)
-        assert len(reads) == (0 if spec.gated else products // 2)
-        assert [read for read in reads if "," in read] == []
 
 
 @pytest.mark.parametrize("level", LANES)

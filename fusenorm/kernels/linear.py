@@ -321,6 +321,8 @@ def _transpose(
     blocks = T.bind(inner // width)
     with T.serial(blocks) as block:
         k = T.bind(block * width)
+        for later in range(_NEAR // 4, _NEAR // 4 + width * width, _LINE // 4):
+            prefetch(tiles[start + k * padded + later], 1)
         for lane, vector in enumerate(columns(k, None)):
             T.evaluate(T.masked_store(tiles, vector, place(k + lane), held))
     rest = T.bind(inner - blocks * width)

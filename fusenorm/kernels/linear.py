@@ -25,12 +25,14 @@ from fusenorm.ops import DTYPES, Linear, Slot
 from fusenorm.ops.linear import PANEL
 
 # Bytes of a panel fetched ahead of their use: the hardware's own prefetching stops at each page.
-# Few rows wait for memory: what is still far off is kept from taking the first cache's own buffers.
-# Of many rows the tile itself is fetched too.
+# One row waits for memory: what is still far off is kept from taking the first cache's own buffers.
+# Of more rows the tile itself is fetched too.
 _AHEAD, _FAR, _NEAR, _LINE = 4096, 16384, 2048, 64
-# Tiles that share the fetching of the next columns: the last ones, or the rows of others would
-# drive them out of the second cache before they are used.
+# Tiles that share the fetching of the next panel: the last ones, or the rows of others would drive
+# it out of the second cache before it is used.
 _SHARES = 8
+# Places in which few tiles fetch it at once: memory then gives more at a time.
+_STREAMS = 4
 # Rows of a tile from which laying them out as vectors pays.
 _TRANSPOSED = 4
 _SCALAR = Lanes(1)
@@ -98,14 +100,16 @@ def _multiply(spec: Linear, tile: Tile) -> None:
         with T.serial(count) as index:
             row, size = _rows(begin + index, height, taller, rows)
             start, padded = T.bind(row * inner), _padded(size)
-            far, pace = _fetched(tile, inner, parts, step % steps, index, count)
+            shares = T.bind(T.min(count, T.int64(_SHARES)))
+            later = T.bind(inner * (PANEL * parts + step % steps * tile.width))
+            ahead = (later, T.bind(index - count + shares), shares)
             if spec.residual:
                 item = DTYPES[spec.dtype].numpy.itemsize
                 with T.serial(size) as i:
                     for later in range(0, tile.width, _LINE // item):
                         prefetch(buffers["residual"][row + i, column + later], 1)
             with T.serial(parts) as part:
-                place = _Place(start, part, T.bind(panel * parts + part), offset, far, pace)
+                place = _Place(start, part, T.bind(panel * parts + part), offset, *ahead)
                 for known in (1, *range(2, tile.rows + 1, 2)):
                     turns = _turns(spec, tile, known, index, count)
                     for turn, holds in turns.items():
@@ -116,20 +120,23 @@ def _multiply(spec: Linear, tile: Tile) -> None:
 
 
 # Of a tile among those that pass the same panels.
-_Turn = Literal["only", "first", "later"]
+_Turn = Literal["row", "few", "first", "later"]
 
 
 def _turns(spec: Linear, tile: Tile, rows: int, index: Expr, count: Expr) -> dict[_Turn, Expr]:
     """Which turns tile `index` of `count` may have if it has so many rows, and when.
 
-    One of several has more than half of what a tile can hold, or it takes each as if it were the
-    only one: so do all after it, which are no higher.
+    One of several has more than half of what a tile can hold. A few still wait for memory, of wide
+    vectors more than of narrow ones.
     """
+    if rows == 1:
+        return {"row": T.bool(True)}
     if 2 * rows <= tile.rows:
-        return {"only": T.bool(True)}
+        return {"few": T.bool(True)}
     if spec.dtype == "f32":
-        return {"only": count == 1, "later": count > 1}
-    return {"only": count == 1, "first": T.And(count > 1, index == 0), "later": index > 0}
+        few = tile.lanes // 4
+        return {"few": count <= few, "later": count > few}
+    return {"few": count == 1, "first": T.And(count > 1, index == 0), "later": index > 0}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,31 +168,26 @@ class _Place:
         part: 1 for the up of a gated unit, else 0.
         panel: of the weight.
         offset: the first column in that panel.
-        far, pace: which weight to fetch at its row 0, counted from the panel's first, and how many
-            further at each next row.
+        later: the first weight that is fetched meanwhile, counted from the panel's first: all steps
+            over a panel fetch the next one of the same part.
+        share, shares: its own share in that, none if negative, and how many there are.
     """
 
     start: Expr
     part: Expr
     panel: Expr
     offset: Expr
-    far: Expr
-    pace: Expr
+    later: Expr
+    share: Expr
+    shares: Expr
 
-
-def _fetched(
-    tile: Tile, inner: Expr, parts: int, step: Expr, index: Expr, count: Expr
-) -> tuple[Expr, Expr]:
-    """`far` and `pace` of tile `index` of `count` in a step over its panel.
-
-    All steps together fetch the next panel of the same part; the last of several tiles share in it.
-    """
-    shares = T.bind(T.min(count, T.int64(_SHARES)))
-    own = T.bind(index - (count - shares))
-    pace = T.bind(T.truncdiv(tile.width + shares - 1, shares))
-    far = inner * (PANEL * parts + step * tile.width + own * pace)
-    idle = own < 0
-    return T.bind(T.Select(idle, T.int64(0), far)), T.bind(T.Select(idle, T.int64(0), pace))
+    def streams(self, tile: Tile, inner: Expr, count: int) -> tuple[list[Expr], Expr]:
+        """Which weights to fetch at row 0, and how many further at each next row."""
+        each = T.truncdiv(tile.width + self.shares * count - 1, self.shares * count)
+        pace = T.bind(T.Select(self.share < 0, T.int64(0), each))
+        apart = T.bind(inner * pace)
+        first = T.bind(self.later + apart * count * self.share)
+        return [T.bind(first + apart * i) for i in range(count)], pace
 
 
 def _rows(tile: Expr, height: Expr, taller: Expr, rows: Expr) -> tuple[Expr, Expr]:
@@ -215,21 +217,23 @@ def _accumulate(
     place: _Place,
 ) -> None:
     """Products of a tile of `rows` rows with the tile's columns, left in `sums`."""
-    weight, wide, several = panels.weight, panels.wide, panels.turn != "only"
+    weight, wide, turn = panels.weight, panels.wide, panels.turn
     lanes, inner = Lanes(tile.lanes), weight.shape[1]
     size = DTYPES[spec.dtype].numpy.itemsize
     totals = lanes.zeros(rows * tile.vectors)
     kept = T.bind(place.part * inner * tile.width)
+    streams, pace = place.streams(tile, inner, _STREAMS if turn == "few" else 1)
     with T.serial(inner) as k:
-        if several:
-            prefetch(weight[place.panel, T.int64(0), place.far + k * place.pace], 2)
+        if turn != "row":
+            for stream in streams:
+                prefetch(weight[place.panel, T.int64(0), stream + k * pace], 2)
             prefetch(tiles[place.start + k * rows + _NEAR // 4], 1)
         if panels.widened:
             for column in range(0, tile.width, _LINE // 4):
                 prefetch(wide[kept + k * tile.width + column + _AHEAD // 4], 1)
         else:
             for column in range(0, tile.width, _LINE // size):
-                ahead = {1: _AHEAD} if several else {2: _FAR, 1: _NEAR}
+                ahead = {2: _FAR, 1: _NEAR} if turn == "row" else {1: _AHEAD}
                 for level, count in ahead.items():
                     later = k + count // (PANEL * size)
                     prefetch(weight[place.panel, later, place.offset + column], level)
@@ -241,7 +245,7 @@ def _accumulate(
                 continue
             column = T.ramp(place.offset + vector * tile.lanes, 1, tile.lanes)
             weights.append(T.bind(widen(lanes, spec.dtype, weight[place.panel, k, column])))
-            if panels.turn == "first":
+            if turn == "first":
                 T.buffer_store(wide, weights[-1], [at])
         for i in range(rows):
             spread = T.bind(lanes.spread(tiles[place.start + k * rows + i]))

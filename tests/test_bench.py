@@ -32,11 +32,12 @@ def test_no_side_always_follows_the_same_one() -> None:
     assert all(len(others - {name}) == 2 for name, others in before.items())
 
 
-def test_a_pause_is_not_measured() -> None:
-    begun = time.perf_counter()
-    times = measure({"a": lambda: None}, 0.0, pause=0.02)
+def test_a_pause_is_not_measured_nor_the_run_after_it() -> None:
+    begun, calls = time.perf_counter(), []
+    times = measure({"a": lambda: calls.append("a")}, 0.0, pause=0.02)
     assert time.perf_counter() - begun >= 5 * 0.02
     assert max(times["a"]) < 0.02
+    assert len(calls) == 3 + 2 * len(times["a"])
 
 
 def test_table(folder, fused) -> None:

@@ -124,7 +124,7 @@ def compiled(model: Path) -> Path:
 def ours(model: Path, threads: int) -> ort.InferenceSession:
     """The compiled model."""
     options = ort.SessionOptions()
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     return fusenorm.load(compiled(model), threads=threads, session_options=options)
 
 

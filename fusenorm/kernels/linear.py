@@ -101,8 +101,8 @@ def _multiply(spec: Linear, tile: Tile) -> None:
             row, size = _rows(begin + index, height, taller, rows)
             start, padded = T.bind(row * inner), _padded(size)
             shares = T.bind(T.min(count, T.int64(_SHARES)))
-            later = T.bind(inner * (PANEL * parts + step % steps * tile.width))
-            ahead = (later, T.bind(index - count + shares), shares)
+            next_panel = T.bind(inner * (PANEL * parts + step % steps * tile.width))
+            ahead = (next_panel, T.bind(index - count + shares), shares)
             if spec.residual:
                 item = DTYPES[spec.dtype].numpy.itemsize
                 with T.serial(size) as i:

@@ -88,7 +88,7 @@ def _multiply(spec: Linear, tile: Tile) -> None:
         name: _buffer(slots[name], handles[name], shapes.get(name, (columns,)))
         for name in sorted(handles, key=lambda name: name != "y")
     }
-    parts = 2 if spec.gated else 1
+    parts = spec.parts
     sums = _on_stack(parts * tile.size)
     epilogue = _Epilogue(spec, tile, buffers, numbers, sums)
     steps = PANEL // tile.width
@@ -370,7 +370,7 @@ class _Epilogue:
                 columns = T.ramp(column + vector * tile.lanes, 1, tile.lanes)
                 parts = [
                     self._sum(part * tile.size + i * tile.width, part, vector, columns)
-                    for part in range(2 if self.spec.gated else 1)
+                    for part in range(self.spec.parts)
                 ]
                 value = self._apply(parts)
                 if self.spec.residual:

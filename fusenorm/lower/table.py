@@ -64,9 +64,9 @@ def _kind(spec: OpSpec) -> str:
 
 
 def _parts(spec: OpSpec) -> int:
-    gated = isinstance(spec, Linear) and spec.gated
-    grouped = isinstance(spec, Attention) and spec.grouped
-    return 2 if gated or grouped else 1
+    if isinstance(spec, Linear):
+        return spec.parts
+    return 2 if isinstance(spec, Attention) and spec.grouped else 1
 
 
 def _tile(spec: OpSpec, target: Target) -> int:

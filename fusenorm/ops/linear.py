@@ -138,6 +138,11 @@ class Linear(OpSpec):
         return Norm(centred=self.norm == "ln", dtype=self.dtype, scale=None)
 
     @property
+    def parts(self) -> int:
+        """Panels a panel of y is made of: gate and up, or one."""
+        return 2 if self.gated else 1
+
+    @property
     def plain(self) -> bool:
         """Whether it is x·W + b of one map and nothing else."""
         return self == Linear(bias=self.bias, dtype=self.dtype)

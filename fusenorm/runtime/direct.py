@@ -219,7 +219,7 @@ class LinearOp:
     ) -> int:
         """N of a map of x of this shape, after checking what it reads: its weight first."""
         *leading, inner = shape
-        parts = 2 if self.spec.gated else 1
+        parts = self.spec.parts
         weight, *others = (arrays[slot.name] for slot in slots)
         if weight.ndim != 3 or weight.shape[1:] != (inner, PANEL) or weight.shape[0] % parts:
             panels = "even" if self.spec.gated else "any"
@@ -251,7 +251,7 @@ class LinearOp:
         tiles = np.empty((min(block, rows) + 1) * inner, np.float32)
         wide = []
         if self.spec.dtype != "f32":
-            wide = [np.empty(inner * PANEL * (2 if self.spec.gated else 1), np.float32)]
+            wide = [np.empty(inner * PANEL * self.spec.parts, np.float32)]
         for begin in range(0, rows, block):
             part = slice(begin, min(begin + block, rows))
             shape = self._tiles(part.stop - begin)

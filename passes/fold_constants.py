@@ -51,8 +51,8 @@ class FoldConstants(ir.passes.InPlacePass):
     def _fold(self, node: ir.Node, opset: int) -> np.ndarray | None:
         if node.domain != "" or node.outputs[0].is_graph_output():
             return None
-        if node.op_type == "Gather":
-            known = _gathered_dim(node)
+        if node.op_type in ("Gather", "Slice"):
+            known = _picked_dims(node)
             if known is not None:
                 return known
         if node.op_type in ("Shape", "Size"):
@@ -114,22 +114,42 @@ def _static_shape(node: ir.Node) -> np.ndarray | None:
     return sizes if node.op_type == "Shape" else np.array(sizes.prod(), np.int64)
 
 
-def _gathered_dim(node: ir.Node) -> np.ndarray | None:
-    """Gather(Shape(x), i) where dimension i of x is known."""
+def _picked_dims(node: ir.Node) -> np.ndarray | None:
+    """Gather or Slice of Shape(x) by constants, where the dimensions of x it picks are known."""
     shape_of = facts.made_by(node.inputs[0], "Shape")
-    index = facts.constant(node.inputs[1])
-    if shape_of is None or shape_of.attributes or index is None or index.size != 1:
+    numbers = [facts.constant(value) for value in node.inputs[1:]]
+    if shape_of is None or shape_of.attributes:
         return None
     source = shape_of.inputs[0]
     assert source is not None
-    position = int(index.reshape(()))
     rank = facts.rank(source)
-    dim: object = None
-    if position == -1 or (rank is not None and position == rank - 1):
-        dim = facts.last_dim(source)
-    elif source.shape is not None and -source.shape.rank() <= position < source.shape.rank():
-        dim = source.shape[position]
-    return np.full(index.shape, dim, np.int64) if isinstance(dim, int) else None
+    if node.op_type == "Gather":
+        places = numbers[0]
+    else:
+        places = _sliced(rank, numbers)
+    if places is None:
+        return None
+    dims = [_dim(source, rank, int(place)) for place in places.flat]
+    if not all(isinstance(dim, int) for dim in dims):
+        return None
+    return np.array(dims, np.int64).reshape(places.shape)
+
+
+def _sliced(rank: int | None, numbers: list[np.ndarray | None]) -> np.ndarray | None:
+    """The places Slice takes of a shape, by starts, ends, perhaps axes and steps, one of each."""
+    known = [int(array.item()) for array in numbers if array is not None and array.size == 1]
+    if rank is None or len(known) != len(numbers) or len(known) < 2:
+        return None
+    start, end, step = *known[:2], known[3] if len(known) == 4 else 1
+    return np.arange(rank)[start:end:step]
+
+
+def _dim(source: ir.Value, rank: int | None, place: int) -> object:
+    if place == -1 or (rank is not None and place == rank - 1):
+        return facts.last_dim(source)
+    if source.shape is not None and -source.shape.rank() <= place < source.shape.rank():
+        return source.shape[place]
+    return None
 
 
 def _replace(graph: ir.Graph, node: ir.Node, array: np.ndarray) -> None:

@@ -227,7 +227,8 @@ def test_shapes_and_sizes(body: str, kind: str, result: object) -> None:
         ([3], "float[b,3,8]", None),
         ([4], "float[b,3,8]", None),
         ([-4], "float[b,3,8]", None),
-        ([1, 2], "float[b,3,8]", None),
+        ([1, 2], "float[b,3,8]", [3, 8]),
+        ([1, 0], "float[b,3,8]", None),
         ([-1], "float[b,s,h]", None),
         ([-1], "float[]", None),
         ([0], "float[]", None),
@@ -240,6 +241,30 @@ def test_one_dimension_of_a_shape_known_in_part(index: object, kind: str, result
     if array is not None:
         assert array.dtype == I64
         np.testing.assert_array_equal(array, np.array(result))
+
+
+@pytest.mark.parametrize(
+    ("numbers", "kind", "result"),
+    [
+        ("minus1, big", "float[b,s,8]", [8]),
+        ("minus1, big, zero", "float[b,s,8]", [8]),
+        ("one, big, zero, two", "float[b,3,s,4]", [3, 4]),
+        ("big, zero, zero, minus2", "float[2,s,4]", [4]),
+        ("one, big, , two", "float[b,3,s,4]", None),
+        ("one, both", "float[b,3,8]", None),
+        ("zero, big", "float[b,3,8]", None),
+        ("one, ints", "float[b,3,8]", None),
+        ("minus1, big", "float[]", None),
+    ],
+)
+def test_dimensions_sliced_of_a_shape(numbers: str, kind: str, result: list[int] | None) -> None:
+    given = {"minus1": -1, "minus2": -2, "zero": 0, "one": 1, "two": 2, "big": 2**62}
+    constants = {name: np.array([number]) for name, number in given.items()}
+    constants["both"] = np.array([2, 3])
+    used = {name: array for name, array in constants.items() if name in numbers.split(", ")}
+    body = f"s = Shape(x)\nc = Slice(s, {numbers})"
+    array = folded(body, f"{kind} x, int64[1] ints", constants=used)
+    assert (None if array is None else array.tolist()) == result
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import onnx_ir as ir
 
 from fusenorm.ops.attention import Attention, Empty, Form
 from fusenorm.passes import facts
+from fusenorm.passes.join_masks import Step
 from fusenorm.passes.pattern import Refusal, node_name
 from fusenorm.passes.rewrite import Rewrite
 
@@ -61,6 +62,8 @@ class Site:
         grouped: whether heads of k and v are shared.
         turn: the rotary positions of q.
         keys_turn: whether k has the same.
+        select, softcap: see Attention.
+        steps: what happens to the scores behind the softcap and has to be joined to one mask first.
         nodes: what computes it, last first.
         computed: shapes the source takes from elsewhere, and the value each is the shape of.
         flattened: what Reshapes turn into kᵀ; no operand, but its sizes have names.
@@ -76,6 +79,9 @@ class Site:
     grouped: bool = False
     turn: Turn | None = None
     keys_turn: bool = False
+    select: bool = False
+    softcap: float | None = None
+    steps: list[Step] = dataclasses.field(default_factory=list)
     letters: dict[str, str] = dataclasses.field(default_factory=lambda: dict.fromkeys("qkvy", "h"))
     nodes: list[ir.Node] = dataclasses.field(default_factory=list)
     computed: dict[ir.Value, ir.Value] = dataclasses.field(default_factory=dict)
@@ -89,18 +95,23 @@ def check_operands(site: Site) -> None:
             raise Refused("types", site.root, f"{value.name} is not known to be f32")
         if facts.rank(value) != 4:
             raise Refused("rank", site.root, f"{value.name} is not known to have four axes")
-    k_rows, v_rows = (
-        dims_of(getattr(site, name))[1 if site.letters[name] == "s" else 2] for name in "kv"
-    )
+    heads, rows = ([_dim(site, name, role) for name in "qkv"] for role in (1, 2))
+    # MatMul repeats one head of k and v for each of q.
+    site.grouped |= heads[1:] == [1, 1] and isinstance(heads[0], int) and heads[0] > 1
+    _, k_rows, v_rows = rows
     if (k_rows == 1) != (v_rows == 1):
         raise Refused("shapes_not_proved", site.root, "the one row of k or v may be repeated")
-    mask = site.mask
-    if mask is not None:
-        if facts.dtype_of(mask) != "f32":
+    for mask in filter(None, (site.mask, *(step.value for step in site.steps))):
+        if mask.dtype != ir.DataType.BOOL and facts.dtype_of(mask) != "f32":
             raise Refused("types", site.root, f"the mask {mask.name} is not known to be f32")
         rank = facts.rank(mask)
         if rank is None or rank > 4:
             raise Refused("rank", site.root, f"the mask {mask.name} has {rank} axes")
+
+
+def _dim(site: Site, name: str, axis: int) -> int | ir.SymbolicDim:
+    """A size of q, k or v by its axis heads-first."""
+    return dims_of(getattr(site, name))[3 - axis if site.letters[name] == "s" else axis]
 
 
 def rewrite_of(root: ir.Node, site: Site) -> Rewrite:
@@ -113,7 +124,12 @@ def rewrite_of(root: ir.Node, site: Site) -> Rewrite:
         "none" if turn is None else "qk" if site.keys_turn else "q",
         "halves" if turn is None else turn.form,
         turn is not None and turn.partial,
+        site.select,
+        site.softcap is not None,
     )
+    attributes = {"scale": site.scale}
+    if site.softcap is not None:
+        attributes["softcap"] = site.softcap
     mask = () if site.mask is None else (site.mask,)
     tables = () if turn is None else (turn.cos, turn.sin)
     inputs = (site.q, site.k, site.v, *mask, *tables)
@@ -130,7 +146,7 @@ def rewrite_of(root: ir.Node, site: Site) -> Rewrite:
         rule="attention",
         spec=spec,
         inputs=inputs,
-        attributes={"scale": site.scale},
+        attributes=attributes,
         outputs=(root.outputs[0],),
         nodes=tuple(dict.fromkeys(reversed(site.nodes))),
         shapes=shapes,

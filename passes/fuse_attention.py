@@ -21,6 +21,8 @@ from fusenorm.passes.attention_site import (
     rewrite_of,
     same,
 )
+from fusenorm.passes.infer_shapes import InferShapes
+from fusenorm.passes.join_masks import Made, Step, join, read_selected, read_selection
 from fusenorm.passes.pattern import Miss, Op, Pattern, Scalar, Speller, Var, node_name
 from fusenorm.passes.rewrite import Check, Rewrite, RewritePass, Rule
 from fusenorm.passes.rotary import read_turns
@@ -39,22 +41,24 @@ _IDLE = {
     "left_window_size": -1,
     "right_window_size": -1,
 }
-_SCORE_OPS = {"Tanh": "softcap", "Where": "mask_select"}
 
 
 class FuseAttention(Rule):
     """Scaled dot-product attention becomes one op that never stores the scores.
 
     ## What it matches
-    softmax(c·q·kᵀ + mask)·v of rank 4 in f32, with constant factors on q, on k or on the scores,
-    as Mul or Div; kᵀ as one Transpose or as Reshape, Transpose, Reshape; NaN weights set to 0 by
-    Where and IsNaN; transposes between [B, S, H, D] and [B, H, S, D] around it; heads of k and v
-    repeated by Unsqueeze, Expand, Reshape. The standard Attention op with an additive or boolean
-    mask. Rotary positions of q, or of q and k: x·cos + x'·sin of halves or of pairs, of all or of
-    the first numbers of a row, or the standard RotaryEmbedding.
+    softmax(c·q·kᵀ + mask)·v of rank 4 in f32, with constant factors on q, on k or on the scores, as
+    Mul or Div; scores bent by c·tanh(scores / c); masks added one after another, or numbers
+    selected in the place of scores by Where, but not both; kᵀ as one Transpose or as Reshape,
+    Transpose, Reshape; NaN weights set to 0 by Where and IsNaN; transposes between [B, S, H, D] and
+    [B, H, S, D] around it; heads of k and v repeated by Unsqueeze, Expand, Reshape, or one head by
+    MatMul. The standard Attention op with an additive or boolean mask. Rotary positions of q, or of
+    q and k: x·cos + x'·sin of halves or of pairs, of all or of the first numbers of a row, or the
+    standard RotaryEmbedding.
 
     ## Formula
-    y = softmax(scale·q·kᵀ + mask)·v.
+    y = softmax(scale·q·kᵀ + mask)·v; softcap·tanh(x / softcap) of the product, if it is bent;
+    mask in the place of scores where it is not 0, if they are selected.
 
     ## Numerics
     Sums in f32 in another order; q is scaled before the products, weights are divided by their
@@ -63,7 +67,8 @@ class FuseAttention(Rule):
 
     ## Refuses
     `shared`: the scores or weights have other readers. `keys`: kᵀ is no transpose. `softcap`,
-    `mask_select`, `two_masks`, `scaled_mask`, `scores`: something else happens to the scores.
+    `mask_select`, `two_masks`, `scaled_mask`, `scores`: something else happens to the scores, or
+    in another order.
     `form`: the standard op does more. `axis`, `rank`, `types`, `shapes_not_proved`,
     `check_failed`. Rotary positions alone: `rotary_shared`: what is turned has other readers.
     `rotary_keys`: k is turned otherwise than q. `rotary_tables`: cos and sin provably fit no head.
@@ -83,6 +88,7 @@ class FuseAttention(Rule):
         plain = Op("MatMul", (q, keys))
         product = one_of(plain, Op("MatMul", (mul(q, scale), mul(keys, scale))))
         scores = one_of(product, mul(product, scale), Op("Div", (product, scale)))
+        scores = one_of(scores, mul(Op("Tanh", (scores,)), Scalar("softcap")))
         weights = Op("Softmax", (one_of(scores, add(scores, Var("mask"))),))
         return Op("MatMul", (weights, Var("v")))
 
@@ -95,6 +101,7 @@ class FuseAttention(Rule):
             return value
 
         speller.scalar("scale", 0.5)
+        speller.scalar("softcap", 2.0)
         speller.values["mask"] = tensor("mask", (2, 1, 5, 7))
         for name, rows, columns in (("q", 5, 4), ("v", 7, 6)):
             if speller.pick(2):
@@ -135,6 +142,8 @@ class FuseAttention(Rule):
                 for move in moves[1:]:
                     _note_shape(site, move)
             check_operands(site)
+            if site.steps:
+                raise Refused("two_masks", site.steps[0].node, "its masks are not joined")
             return rewrite_of(root, site)
         except Refused as refused:
             return Miss((node,), refused.refusal)
@@ -152,6 +161,9 @@ class FuseAttentions(RewritePass):
         modified = False
         for graph in model.graphs():
             modified |= _add_masks(graph)
+            modified |= _join_masks(graph)
+        if modified:
+            InferShapes()(model)
         return ir.passes.PassResult(model, super().call(model).modified or modified)
 
 
@@ -225,29 +237,49 @@ def _read_scores(site: Site, scores: ir.Value) -> ir.Node:
             )
         site.nodes.append(node)
         if node.op_type == "MatMul":
+            if len(site.steps) == 1 and site.steps[0].kind != "chosen":
+                site.mask = site.steps.pop().value
             return node
         factored = _factor(node)
         if factored is not None:
             scores, factor = factored
             site.scale *= factor
             continue
-        if node.op_type != "Add":
-            code = _SCORE_OPS.get(node.op_type, "scores")
-            raise Refused(code, node, f"{node.op_type} changes the scores before the softmax")
-        if site.mask is not None:
-            raise Refused("two_masks", node, "two masks are added to the scores")
-        if site.scale != 1.0:
-            raise Refused("scaled_mask", node, "the mask is scaled with the scores")
-        added = [value for value in node.inputs if value is not None]
-        operands = [value for value in added if _has_product(value)]
-        if not operands:
-            found = [code for value in added for code in _obstacles(value)]
-            detail = f"{node_name(node)} adds no product of q and k"
-            raise Refused(found[0] if found else "scores", node, detail)
-        if len(operands) != 1:
-            raise Refused("scores", node, f"both sides of {node_name(node)} are products")
-        (scores,) = operands
-        (site.mask,) = (value for value in added if value is not scores)
+        if node.op_type == "Tanh":
+            if site.softcap is not None or not site.scale:
+                raise Refused("softcap", node, "the scores are bent twice, or times 0")
+            site.softcap = site.scale
+            scores = input_of(node)
+            continue
+        step = _read_step(node)
+        if site.scale != 1.0 or site.softcap is not None:
+            raise Refused("scaled_mask", node, "the mask is scaled or bent with the scores")
+        if site.select or (site.steps and step.kind != site.steps[0].kind):
+            raise Refused("mask_select", node, "numbers are selected and a mask is added")
+        site.select = step.kind == "selected"
+        site.steps.append(step)
+        scores = step.scores
+
+
+def _read_step(node: ir.Node) -> Step:
+    """What a node that is no product and no factor does to the scores."""
+    if node.op_type == "Where":
+        step = read_selected(node) or read_selection(node)
+        if step is None:
+            raise Refused("mask_select", node, "selects what is not one constant number but 0")
+        return step
+    if node.op_type != "Add":
+        raise Refused("scores", node, f"{node.op_type} changes the scores before the softmax")
+    added = [value for value in node.inputs if value is not None]
+    operands = [value for value in added if _has_product(value)]
+    if not operands:
+        code = "mask_select" if any(facts.made_by(value, "Where") for value in added) else "scores"
+        raise Refused(code, node, f"{node_name(node)} adds no product of q and k")
+    if len(operands) != 1:
+        raise Refused("scores", node, f"both sides of {node_name(node)} are products")
+    (scores,) = operands
+    (mask,) = (value for value in added if value is not scores)
+    return Step(node, scores, mask, "added")
 
 
 def _has_product(value: ir.Value) -> bool:
@@ -260,17 +292,9 @@ def _has_product(value: ir.Value) -> bool:
         seen.add(node)
         if node.op_type == "MatMul" and facts.constant(node.inputs[1]) is None:
             return True
-        if node.op_type in ("Mul", "Div", "Add"):
+        if node.op_type in ("Mul", "Div", "Add", "Tanh"):
             pending += filter(None, node.inputs)
     return False
-
-
-def _obstacles(value: ir.Value) -> list[str]:
-    """Why a value is no product, if it is known, behind factors."""
-    node = value.producer()
-    while node is not None and node.op_type in ("Mul", "Div"):
-        node = input_of(node).producer()
-    return [_SCORE_OPS[node.op_type]] if node is not None and node.op_type in _SCORE_OPS else []
 
 
 def _factor(node: ir.Node) -> tuple[ir.Value, float] | None:
@@ -482,6 +506,23 @@ def _add_masks(graph: ir.Graph) -> bool:
         if mask not in made:
             made[mask] = _additive(graph, node, mask)
         node.replace_input_with(3, made[mask])
+    return bool(made)
+
+
+def _join_masks(graph: ir.Graph) -> bool:
+    """Make one of several masks of scores, and of numbers selected in their place."""
+    made: Made = {}
+    for node in list(graph):
+        if node.op_type != "MatMul" or node.domain != "":
+            continue
+        try:
+            site = _read_written(node)
+            if site is None or not site.steps:
+                continue
+            check_operands(site)
+        except Refused:
+            continue
+        join(site.steps, made)
     return bool(made)
 
 

@@ -7,7 +7,7 @@ import dataclasses
 import inspect
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import ClassVar
 
 import numpy as np
@@ -267,7 +267,7 @@ def apply(model: ir.Model, rewrite: Rewrite, opset: int) -> ir.Node:
         name=f"{node_name(root)}_{spec.op_type}",
         metadata_props={
             RULE_KEY: rewrite.rule,
-            SOURCE_KEY: "\n".join(dict.fromkeys(_source_names(rewrite.nodes))),
+            SOURCE_KEY: "\n".join(dict.fromkeys(source_names(rewrite.nodes))),
         },
     )
     graph.insert_before(root, fused)
@@ -352,7 +352,8 @@ def registered(value: ir.Value, graph: ir.Graph) -> ir.Value:
     return value
 
 
-def _source_names(nodes: tuple[ir.Node, ...]) -> list[str]:
+def source_names(nodes: Iterable[ir.Node]) -> list[str]:
+    """The names nodes had in the model as it came."""
     names: list[str] = []
     for node in nodes:
         names += node.metadata_props.get(SOURCE_KEY, node_name(node)).split("\n")

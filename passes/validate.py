@@ -62,7 +62,9 @@ class Operand:
         if self.layout in ("heads", "sequence", "table", "cache", "panels"):
             return rng.normal(size=self.shape)
         if self.layout == "scores":  # a mask, one row of it without any weight
-            mask = np.where(rng.random(self.shape) < 0.3, -np.inf, rng.normal(size=self.shape))
+            mask = rng.normal(size=self.shape)
+            mask[rng.random(self.shape) < 0.3] = 0.0
+            mask[rng.random(self.shape) < 0.3] = -np.inf
             mask[(0,) * (mask.ndim - 1)] = -np.inf
             return mask
         return hard_rows(rng, self.shape)

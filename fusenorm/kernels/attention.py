@@ -61,7 +61,7 @@ def functions(spec: Attention, lanes: int) -> list[Any]:
     from that head on, and scratch, each as one row of f32; then int64: rows per head of q, keys
     T > 0, D, E, first and last row, counted through the heads; strides in elements of the heads and
     rows of q, the rows of k and v, the heads and rows of y, the heads, rows and columns of the
-    mask, the last 0 or 1; R and the stride of the tables' rows; then the scale. Scratch holds
+    mask, the last 0 or 1; R and the stride of the tables' rows; then the attributes. Scratch holds
     `(KEYS + 16)·D + 528` numbers and, of each of 8 rows, D rounded up to 64 and KEYS, and two for
     every row.
     """
@@ -83,7 +83,7 @@ class _Kernel:
         names = [*(slot.name for slot in self.spec.inputs), "y", "scratch"]
         handles = {name: T.arg(name, T.handle()) for name in names}
         self.at = {name: T.arg(name, T.int64()) for name in _INTEGERS}
-        self.scale = T.arg("scale", T.float32())
+        self.numbers = {name: T.arg(name, T.float32()) for name in self.spec.attributes}
         self.buffers = {
             name: T.match_buffer(handle, (T.int64(),), "float32", align=4)
             for name, handle in handles.items()
@@ -328,7 +328,7 @@ class _Kernel:
                 inside = T.bind(at - step * _STEP)
                 index = self._ramp(self.tile_q + step * (_STEP * self.rows) + i * _STEP + inside)
                 value = self.lanes.let(
-                    self._load(source, start + at, mask) * self.lanes.spread(self.scale)
+                    self._load(source, start + at, mask) * self.lanes.spread(self.numbers["scale"])
                 )
                 T.buffer_store(self.scratch, value, [index])
                 if self.spec.mask:
@@ -448,16 +448,20 @@ class _Kernel:
             T.buffer_store(self.scratch, value, [self._ramp(scores + at)])
             T.buffer_store(largest, _larger(largest[index], value), [index])
 
+        def score(at: Expr) -> Expr:
+            value = T.bind(self.scratch[self._ramp(scores + at)])
+            return self._bent(value) if self.spec.softcap else value
+
         if self.spec.mask:
             start = T.bind(self._place("mask", row + i) + self.first * self.at["mask_column"])
 
             def masked(at: Expr, mask: Expr) -> None:
-                score = T.bind(self.scratch[self._ramp(scores + at)])
-                raise_maximum(at, mask, score + self._load("mask", start + at, mask))
+                value = self._masked(score(at), self._load("mask", start + at, mask))
+                raise_maximum(at, mask, value)
 
             def shifted(at: Expr, mask: Expr) -> None:
-                score = T.bind(self.scratch[self._ramp(scores + at)])
-                raise_maximum(at, mask, score + lanes.spread(self.buffers["mask"][start]))
+                value = self._masked(score(at), T.bind(lanes.spread(self.buffers["mask"][start])))
+                raise_maximum(at, mask, value)
 
             with T.If(self.at["mask_column"] == 1):
                 with T.Then():
@@ -465,10 +469,7 @@ class _Kernel:
                 with T.Else():
                     self._blocks(live, shifted)
         else:
-            self._blocks(
-                live,
-                lambda at, mask: raise_maximum(at, mask, self.scratch[self._ramp(scores + at)]),
-            )
+            self._blocks(live, lambda at, mask: raise_maximum(at, mask, score(at)))
         state = T.bind(row + i - self.at["row_begin"])
         before = T.bind(self.scratch[self.maxima + state])
         now = _SCALAR.let(_larger(before, self._across(largest[index], _larger)))
@@ -490,6 +491,16 @@ class _Kernel:
         T.buffer_store(self.correction, correction, [i])
         self._put(self.sums + state, self.scratch[self.sums + state] * correction + added)
         self._put(self.maxima + state, now)
+
+    def _bent(self, score: Expr) -> Expr:
+        """softcap·tanh(score / softcap)."""
+        cap = T.bind(self.lanes.spread(self.numbers["softcap"]))
+        return self.lanes.let(mathfn.tanh(self.lanes, self.lanes.let(score / cap)) * cap)
+
+    def _masked(self, score: Expr, mask: Expr) -> Expr:
+        if self.spec.select:
+            return T.Select(mask == self.lanes.f32(0.0), score, mask)
+        return score + mask
 
     def _add_values(self, size: int, row: Expr, live: Expr) -> None:
         """y = y·correction + weights·v."""

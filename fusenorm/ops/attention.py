@@ -29,6 +29,8 @@ class Attention(OpSpec):
     Attributes:
         layout: of q, k, v and y, a letter each: `h` heads-first, `s` sequence-first.
         mask: whether a mask is added to the scores, of any shape that broadcasts to [B, H, S, T].
+        select: the mask takes the place of the scores instead, wherever it is not 0.
+        softcap: the scores become softcap·tanh(scores / softcap) first (arXiv 2408.00118).
         grouped: k and v have fewer heads; each serves as many successive heads of q
             (arXiv 2305.13245).
         empty: what becomes of a row whose scores are all -inf: `nan` as Softmax has it; `zero`;
@@ -52,6 +54,8 @@ class Attention(OpSpec):
     rotary: Rotary = "none"
     form: Form = "halves"
     partial: bool = False
+    select: bool = False
+    softcap: bool = False
     dtype: DType = "f32"
 
     @property
@@ -67,6 +71,8 @@ class Attention(OpSpec):
             f"rotary_{self.rotary}": self.rotary != "none",
             self.form: self.form != "halves",
             "partial": self.partial,
+            "select": self.select,
+            "softcap": self.softcap,
         }
         tokens = [self.layout, *(name for name, given in flags.items() if given)]
         tokens += [self.dtype] if self.dtype != "f32" else []
@@ -77,11 +83,13 @@ class Attention(OpSpec):
         dtypes: tuple[DType, ...] = ("f32", "f64")
         flags = (False, True)
         layouts = ("".join(letters) for letters in itertools.product(_LAYOUTS, repeat=4))
-        for layout, mask, grouped, empty, rotary, form, partial, dtype in itertools.product(
-            layouts, flags, flags, get_args(Empty), get_args(Rotary), get_args(Form), flags, dtypes
+        turns: list[tuple[Rotary, Form, bool]] = [("none", "halves", False)]
+        turns += itertools.product(get_args(Rotary)[1:], get_args(Form), flags)
+        masks = ((False, False), (True, False), (True, True))
+        for layout, (mask, select), grouped, empty, turn, softcap, dtype in itertools.product(
+            layouts, masks, flags, get_args(Empty), turns, flags, dtypes
         ):
-            if rotary != "none" or (form, partial) == ("halves", False):
-                yield cls(layout, mask, grouped, empty, rotary, form, partial, dtype)
+            yield cls(layout, mask, grouped, empty, *turn, select, softcap, dtype)
 
     @property
     def inputs(self) -> tuple[Slot, ...]:
@@ -100,7 +108,7 @@ class Attention(OpSpec):
 
     @property
     def attributes(self) -> tuple[str, ...]:
-        return ("scale",)
+        return ("scale", "softcap") if self.softcap else ("scale",)
 
     def write(self, body: Body) -> None:
         q, k, v = (
@@ -117,7 +125,16 @@ class Attention(OpSpec):
         product = body.let("product", f"MatMul ({q}, {keys})")
         scale = body.constant("scaling", "@scale", self.dtype)
         scores = body.let("scores", f"Mul ({product}, {scale})")
-        if self.mask:
+        if self.softcap:
+            cap = body.constant("cap", "@softcap", self.dtype)
+            body.let("capped", f"Div ({scores}, {cap})")
+            body.let("bent", "Tanh (capped)")
+            scores = body.let("soft", f"Mul (bent, {cap})")
+        if self.select:
+            nothing = body.constant("nothing", 0.0, self.dtype)
+            body.let("kept", f"Equal (mask, {nothing})")
+            scores = body.let("masked", f"Where (kept, {scores}, mask)")
+        elif self.mask:
             scores = body.let("masked", f"Add ({scores}, mask)")
         weights = body.let("weights", f"Softmax <axis: int = -1> ({scores})")
         if self.empty != "nan":
@@ -222,8 +239,11 @@ class Attention(OpSpec):
         if self.grouped:
             k, v = (np.repeat(each, q.shape[1] // each.shape[1], axis=1) for each in (k, v))
         scores = attributes["scale"] * (q @ k.swapaxes(2, 3))
+        if self.softcap:
+            scores = attributes["softcap"] * np.tanh(scores / attributes["softcap"])
         if self.mask:
-            scores = scores + np.asarray(inputs["mask"], np.float64)
+            mask = np.asarray(inputs["mask"], np.float64)
+            scores = np.where(mask != 0, mask, scores) if self.select else scores + mask
         with np.errstate(invalid="ignore"):
             weights = np.exp(scores - scores.max(axis=-1, keepdims=True, initial=-np.inf))
             weights /= weights.sum(axis=-1, keepdims=True)

@@ -14,7 +14,7 @@ from fusenorm.kernels.registers import KEYS
 from fusenorm.lower import Target, build_library
 from fusenorm.lower.library import compile_module
 from fusenorm.ops import Attention
-from tests.ops.test_attention_op import model
+from tests.ops.test_attention_op import ATTRIBUTES, model
 
 pytestmark = pytest.mark.kernel
 
@@ -25,7 +25,11 @@ SPECS = {
     "zero": Attention("hhss", mask=True, grouped=True, empty="zero"),
     "nan": Attention("shsh", mask=True),
     "grouped": Attention("sshs", grouped=True),
+    "select": Attention("hshs", mask=True, grouped=True, select=True),
+    "softcap": Attention("sshs", mask=True, softcap=True),
+    "both": Attention("hhhh", mask=True, empty="zero", select=True, softcap=True),
 }
+MASKED = [name for name, spec in SPECS.items() if spec.mask]
 TURNED = {
     "halves": Attention("ssss", mask=True, grouped=True, empty="safe", rotary="qk"),
     "pairs": Attention("hhhh", rotary="qk", form="pairs", partial=True),
@@ -39,6 +43,7 @@ LEVELS = [
     and set(Target.parse(level).features) <= set(Target.host().features)
 ]
 SCALE = 0.25
+NUMBERS = ATTRIBUTES | {"scale": SCALE}
 
 Feeds = dict[str, np.ndarray]
 
@@ -110,10 +115,9 @@ def check(spec: Attention, feeds: Feeds, y: np.ndarray) -> None:
 
     An error of d in every score moves a weighted mean of v by at most 2·d·(mean of |v|).
     """
-    attributes = {"scale": SCALE}
     with np.errstate(invalid="ignore"):
-        (want,) = spec.reference(feeds, attributes)
-        (spread,) = spec.reference({**feeds, "v": np.abs(feeds["v"])}, attributes)
+        (want,) = spec.reference(feeds, NUMBERS)
+        (spread,) = spec.reference({**feeds, "v": np.abs(feeds["v"])}, NUMBERS)
     assert y.shape == want.shape
     np.testing.assert_array_equal(np.isnan(y), np.isnan(want))
     finite = np.isfinite(want)
@@ -140,7 +144,8 @@ def test_every_row_count(name: str, rows: int, library: Path) -> None:
         feeds = operands(spec, rows=rows, keys=keys, copies=3)
         if spec.mask:
             random = np.random.default_rng(rows)
-            feeds["mask"] = random.standard_normal((1, 1, rows, keys)).astype(np.float32)
+            mask = random.standard_normal((1, 1, rows, keys)).astype(np.float32)
+            feeds["mask"] = np.where(mask < 0.3, 0, mask)
         check(spec, feeds, run(spec, library, feeds))
 
 
@@ -169,7 +174,7 @@ def test_blocks_of_keys_and_tasks(threads: int, library: Path) -> None:
 @pytest.mark.parametrize("lowest", [LOWEST, -np.inf, -1e4])
 @pytest.mark.parametrize("rows", [5, 31, 32, 40, 300, KEYS + 90])
 def test_causal_masks(rows: int, lowest: float, library: Path) -> None:
-    for name in ("safe", "zero", "nan"):
+    for name in MASKED:
         for keys in (rows, rows + 130):
             feeds = operands(SPECS[name], rows=rows, keys=keys, copies=2)
             feeds["mask"] = causal(rows, keys, lowest)
@@ -178,7 +183,7 @@ def test_causal_masks(rows: int, lowest: float, library: Path) -> None:
 
 def test_padding(library: Path) -> None:
     """Rows without a weight in the first block of keys; rows of one mask: x + lowest = lowest."""
-    for name in ("safe", "zero", "nan"):
+    for name in MASKED:
         feeds = operands(SPECS[name], batch=2, rows=KEYS + 90, keys=KEYS + 90)
         mask = np.broadcast_to(causal(KEYS + 90, KEYS + 90), (2, 1, KEYS + 90, KEYS + 90)).copy()
         mask[0, ..., : KEYS + 20] = LOWEST
@@ -215,6 +220,21 @@ def test_nan_and_infinity_travel_through_masked_keys(
     assert np.isnan(y).any()
 
 
+@pytest.mark.parametrize("number", [-np.inf, LOWEST, -1e4, 0.5, np.inf, np.nan])
+def test_what_is_selected_counts_whatever_the_score(number: float, library: Path) -> None:
+    for name in ("select", "both"):
+        for rows in (5, 40):
+            feeds = operands(SPECS[name], rows=rows, keys=rows, copies=2)
+            feeds["mask"] = causal(rows, rows, number)
+            keys = feeds["k"][:, :, -1] if SPECS[name].layout[1] == "h" else feeds["k"][:, -1]
+            for wild in (np.nan, np.inf, 1e30):
+                keys[:] = wild
+                y = run(SPECS[name], library, feeds)
+                check(SPECS[name], feeds, y)
+            if number < 0:
+                assert np.isfinite(y).any()
+
+
 @pytest.mark.parametrize(("query", "key"), [(2e18, 1e19), (1e23, 1e14)])
 def test_large_numbers_outweigh_a_mask(query: float, key: float, library: Path) -> None:
     spec = SPECS["nan"]
@@ -222,7 +242,7 @@ def test_large_numbers_outweigh_a_mask(query: float, key: float, library: Path) 
     feeds["mask"] = np.where(causal(40, 40) == 0, 0, np.float32(-1e37))
     feeds["q"] = np.full_like(feeds["q"], query)
     feeds["k"][..., -1, :] = key
-    (want,) = spec.reference(feeds, {"scale": SCALE})
+    (want,) = spec.reference(feeds, NUMBERS)
     np.testing.assert_allclose(run(spec, library, feeds), want, rtol=1e-6)
     np.testing.assert_allclose(want[0, 0, 3], feeds["v"][0, -1, 0], rtol=1e-6)
 
@@ -251,7 +271,7 @@ def test_weights_that_count_as_zero_keep_the_nan_of_values(library: Path) -> Non
     [(), (7,), (5, 1), (5, 7), (2, 1, 7), (3, 1, 1, 1), (1, 2, 1, 7), (3, 2, 5, 7), (1, 1, 5, 7)],
 )
 def test_masks_broadcast(shape: tuple[int, ...], library: Path) -> None:
-    for name in ("safe", "zero", "nan"):
+    for name in MASKED:
         feeds = operands(SPECS[name], batch=3)
         feeds["mask"] = np.random.default_rng(1).standard_normal(shape).astype(np.float32)
         proto = model(SPECS[name], 18, SCALE)
@@ -301,7 +321,7 @@ def test_nothing_to_do(library: Path) -> None:
             if spec.mask:
                 feeds["mask"] = np.zeros((1, 1, rows, keys), np.float32)
             y = run(spec, library, feeds)
-            (want,) = spec.reference(feeds, {"scale": SCALE})
+            (want,) = spec.reference(feeds, NUMBERS)
             np.testing.assert_array_equal(y, want)
 
 
@@ -351,7 +371,7 @@ def test_turned_rows_without_numbers(library: Path) -> None:
     for name, spec in TURNED.items():
         for batch, rows in ((0, 3), (2, 0)):
             feeds = turned(name, rows, 8, batch=batch)
-            (want,) = spec.reference(feeds, {"scale": SCALE})
+            (want,) = spec.reference(feeds, NUMBERS)
             np.testing.assert_array_equal(run(spec, library, feeds), want)
 
 
@@ -361,9 +381,7 @@ def test_nan_in_a_table_travels(library: Path) -> None:
     feeds["sin"].reshape(-1)[-1] = np.nan
     y = run(TURNED["halves"], library, feeds)
     check(TURNED["halves"], feeds, y)
-    assert (
-        np.isnan(y).any() == np.isnan(TURNED["halves"].reference(feeds, {"scale": SCALE})[0]).any()
-    )
+    assert np.isnan(y).any() == np.isnan(TURNED["halves"].reference(feeds, NUMBERS)[0]).any()
 
 
 @pytest.mark.parametrize(

@@ -15,10 +15,12 @@ from onnx.reference import ReferenceEvaluator
 from fusenorm.ops import DOMAIN, DTYPES, Attention
 from fusenorm.ops.attention import Form
 
+ATTRIBUTES = {"scale": 0.25, "softcap": 2.0}
 F64 = [
     spec
     for spec in Attention.variants()
     if spec.dtype == "f64" and (spec.rotary == "none" or spec.layout in ("hhhh", "ssss"))
+    if not spec.softcap or (spec.rotary, spec.layout) in (("none", "hhhh"), ("qk", "ssss"))
 ]
 
 
@@ -42,6 +44,7 @@ def tensors(spec: Attention, rng: np.random.Generator) -> dict[str, np.ndarray]:
         made["mask"] = np.where(rng.random((batch, 1, rows, keys)) < 0.3, -np.inf, 0.0)
         made["mask"][0, 0, 1] = -np.inf
         made["mask"][1, 0, :, 0] = 0.5
+        made["mask"][1, 0, 2] = -0.5
     if spec.rotary != "none":
         turning = 4 if spec.partial else inner
         shape = (batch, rows, turning // 2) if spec.form == "cached" else (batch, 1, rows, turning)
@@ -54,7 +57,8 @@ def model(spec: Attention, opset: int, scale: float) -> onnx.ModelProto:
     kind = int(DTYPES[spec.dtype].onnx)
     names = [slot.name for slot in spec.inputs]
     ranks = [3 if slot.layout == "cache" else 4 for slot in spec.inputs]
-    node = onnx.helper.make_node(spec.op_type, names, ["y"], domain=DOMAIN, scale=scale)
+    numbers = {name: ATTRIBUTES[name] for name in spec.attributes} | {"scale": scale}
+    node = onnx.helper.make_node(spec.op_type, names, ["y"], domain=DOMAIN, **numbers)
     graph = onnx.helper.make_graph(
         [node],
         "attention",
@@ -79,7 +83,7 @@ def run(spec: Attention, feeds: dict[str, np.ndarray], opset: int, scale: float)
 @pytest.mark.parametrize("spec", F64, ids=lambda spec: spec.op_type)
 def test_body_is_the_formula(spec: Attention) -> None:
     feeds = tensors(spec, np.random.default_rng(1))
-    (expected,) = spec.reference(feeds, {"scale": 0.25})
+    (expected,) = spec.reference(feeds, ATTRIBUTES)
     found = run(spec, feeds, 18, 0.25)
     assert found.shape == expected.shape
     np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-12)
@@ -87,12 +91,15 @@ def test_body_is_the_formula(spec: Attention) -> None:
 
 
 @pytest.mark.parametrize("form", [None, "halves", "pairs", "cached"])
-def test_body_in_every_opset(form: Form | None) -> None:
-    spec = Attention("ssss", mask=True, grouped=True, empty="safe", dtype="f64")
+@pytest.mark.parametrize("select", [False, True])
+def test_body_in_every_opset(form: Form | None, select: bool) -> None:
+    spec = Attention(
+        "ssss", True, grouped=True, empty="safe", select=select, softcap=select, dtype="f64"
+    )
     if form is not None:
         spec = dataclasses.replace(spec, rotary="qk", form=form, partial=True)
     feeds = tensors(spec, np.random.default_rng(2))
-    (expected,) = spec.reference(feeds, {"scale": 0.25})
+    (expected,) = spec.reference(feeds, ATTRIBUTES)
     for opset in range(Attention.MIN_OPSET, 24):
         onnx.checker.check_model(model(spec, opset, 0.25), full_check=True)
         np.testing.assert_allclose(run(spec, feeds, opset, 0.25), expected, rtol=1e-12)
@@ -101,12 +108,22 @@ def test_body_in_every_opset(form: Form | None) -> None:
 
 
 @pytest.mark.parametrize(
-    ("turning", "known"), [(False, "454d208cdd769a97"), (True, "3d3f350ed3a84a9e")]
+    ("turning", "changed", "known"),
+    [
+        (False, False, "454d208cdd769a97"),
+        (True, False, "3d3f350ed3a84a9e"),
+        (False, True, "18e8c0250f1d9a25"),
+        (True, True, "77a4ee7716ab5742"),
+    ],
 )
-def test_bodies_change_only_with_their_version(turning: bool, known: str) -> None:
+def test_bodies_change_only_with_their_version(turning: bool, changed: bool, known: str) -> None:
     """A library and a model may be of different age, so a new body needs a new op_type."""
     digest = hashlib.sha256()
-    specs = [spec for spec in Attention.variants() if (spec.rotary != "none") == turning]
+    specs = [
+        spec
+        for spec in Attention.variants()
+        if (spec.rotary != "none") == turning and (spec.select or spec.softcap) == changed
+    ]
     for spec, opset in itertools.product(specs, (13, 14, 18)):
         digest.update(spec.function_text(opset).encode())
     assert Attention.VERSION == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import itertools
+import re
 
 import numpy as np
 import onnx
@@ -14,7 +15,7 @@ import fusenorm
 from fusenorm.passes import facts
 from fusenorm.passes.fuse_attention import FuseAttention, FuseAttentions, read_standard
 from fusenorm.passes.pattern import Miss
-from fusenorm.passes.rewrite import MISS_KEY, Rewrite
+from fusenorm.passes.rewrite import MISS_KEY, SOURCE_KEY, Rewrite
 from fusenorm.passes.speller import Speller, spellings
 from fusenorm.passes.validate import Validator
 from fusenorm.passes.verify_graph import verify_graph
@@ -90,28 +91,31 @@ def _write(speller: Speller) -> ir.Value:
 def test_every_spelling_fuses_and_agrees(opset: int) -> None:
     spelled = [ir.to_proto(work) for work in spellings(_write, opset=opset, limit=60)]
     factors = {sum(n.op_type in ("Mul", "Div") for n in proto.graph.node) for proto in spelled}
-    assert factors == {0, 1, 2, 3}  # on the scores, on both operands
+    assert factors == {0, 1, 2, 3, 4}  # on the scores, on both operands, on their tanh
     found = [fuse(proto)[1:] for proto in spelled]
     assert len(found) == 60
     assert all(len(fused) == 1 and not codes for fused, codes in found)
-    layouts = {fused[0].removesuffix("_mask") for fused, _ in found}
-    assert layouts == {f"Attention_{q}{k}{v}h" for q in "hs" for k in "hs" for v in "hs"}
+    names = {fused[0].split("_", 2)[1] for fused, _ in found}
+    assert names == {f"{q}{k}{v}h" for q in "hs" for k in "hs" for v in "hs"}
+    flags = {fused[0].split("_", 2)[2] for fused, _ in found if fused[0].count("_") > 1}
+    assert flags == {"mask", "softcap", "mask_softcap"}
 
 
-def test_spellings_scale_what_they_may_and_add_a_mask_or_none() -> None:
+def test_spellings_scale_what_they_may_and_bend_and_mask_scores_or_not() -> None:
     pattern = FuseAttention().pattern
 
     def write(speller: Speller) -> ir.Value:
         for name in ("q", "keys", "v", "mask"):
             speller.row(name)
         speller.scalar("scale", 0.5)
+        speller.scalar("softcap", 2.0)
         return pattern.spell(speller)
 
     found = {" ".join(node.op_type for node in m.graph) for m in spellings(write, limit=200)}
-    choices = (("", "Mul Mul "), ("", "Mul ", "Div "), ("", "Add "))
+    choices = (("", "Mul Mul "), ("", "Mul ", "Div "), ("", "Tanh Mul "), ("", "Add "))
     assert found == {
-        f"{operands}MatMul {scores}{mask}Softmax MatMul"
-        for operands, scores, mask in itertools.product(*choices)
+        f"{operands}MatMul {scores}{cap}{mask}Softmax MatMul"
+        for operands, scores, cap, mask in itertools.product(*choices)
     }
 
 
@@ -154,6 +158,7 @@ def test_examples_store_operands_in_every_way() -> None:
 
 
 STATIC = "float[2,6,5,4] q, float[2,6,7,4] k, float[2,6,7,4] v"
+ONE_HEAD = "float[b,6,s,4] q, float[b,1,t,4] k, float[b,1,t,4] v"
 SHARED = "float[2,6,5,4] q, float[2,2,7,4] k, float[2,2,7,4] v"
 WRITTEN = KEYS + "d = MatMul (q, kt)\n a = Mul (d, c)\n"
 ADDED = WRITTEN.replace("a =", "e =") + "a = Add (e, {})\n" + TAIL
@@ -185,6 +190,7 @@ NUMBERS = {
     "z": np.array(0, np.float32),
     "one": np.array(1, np.float32),
     "inf": np.array(np.inf, np.float32),
+    "nan": np.array(np.nan, np.float32),
     "row": np.linspace(1, 2, 7, dtype=np.float32),
     "zeros": np.zeros(7, np.float32),
     "w47": rows(4, 7),
@@ -251,10 +257,34 @@ NUMBERS = {
         ("scores", PRODUCT + "l = Add (m, n)\n" + ADDED.format("l"), HEADS),
         ("scores", "a = Add (m, m)\n" + TAIL, HEADS),
         ("scores", "t = Neg (m)\n l = Mul (t, c)\n a = Add (l, m)\n" + TAIL, HEADS),
-        ("softcap", "t = Tanh (m)\n l = Mul (t, c)\n a = Add (l, m)\n" + TAIL, HEADS),
-        ("softcap", "t = Tanh (m)\n l = Div (t, c)\n a = Add (m, l)\n" + TAIL, HEADS),
-        ("mask_select", WRITTEN + "b = Where (mb, a, low)\n" + TAIL.replace("(a)", "(b)"), HEADS),
+        ("scores", "t = Tanh (m)\n l = Mul (t, c)\n a = Add (l, m)\n" + TAIL, HEADS),
+        # bent
+        *(("Attention_hhhh_softcap", WRITTEN.replace("a =", "e =") + f"t = Tanh (e)\n a = {bent}\n"
+           + TAIL, HEADS) for bent in ("Mul (t, c)", "Mul (c, t)", "Div (t, c)")),
+        ("Attention_hhhh_softcap", WRITTEN + "t = Tanh (a)\n" + TAIL.replace("(a)", "(t)"), HEADS),
+        ("Attention_hhhh_mask_softcap", WRITTEN + "t = Tanh (a)\n l = Mul (t, c)\n f = Add (m, l)\n"
+         + TAIL.replace("(a)", "(f)"), HEADS),
+        *(("softcap", WRITTEN + f"t = Tanh (a)\n l = {bent}\n" + TAIL.replace("(a)", "(l)"), HEADS)
+          for bent in ("Mul (t, z)", "Tanh (t)")),
+        ("scaled_mask", ADDED.format("m").replace("p =", "t = Tanh (a)\n p =").replace(
+            "Softmax (a)", "Softmax (t)"), HEADS),
+        # numbers selected
+        ("Attention_hhhh_mask_select", "zero = Equal (m, z)\n" + WRITTEN
+         + "b = Where (zero, a, m)\n" + TAIL.replace("(a)", "(b)"), HEADS),
+        *(("mask_select", f"zero = Equal (m, {of})\n" + WRITTEN + f"b = Where ({chosen})\n"
+           + TAIL.replace("(a)", "(b)"), HEADS)
+          for of, chosen in (("one", "zero, a, m"), ("q", "zero, a, m"), ("z", "zero, m, a"))),
+        ("two_masks", WRITTEN + "b = Where (mb, a, low)\n" + TAIL.replace("(a)", "(b)"), HEADS),
+        ("two_masks", WRITTEN + "b = Where (mb, low, a)\n" + TAIL.replace("(a)", "(b)"), HEADS),
+        *(("mask_select", WRITTEN + f"b = Where (mb, a, {number})\n" + TAIL.replace("(a)", "(b)"),
+           HEADS) for number in ("z", "row", "m", "nan")),
         ("mask_select", "t = Where (mb, m, low)\n a = Add (t, m)\n" + TAIL, HEADS),
+        ("mask_select", WRITTEN.replace("a =", "e =") + "f = Where (mb, e, low)\n"
+         + "a = Add (f, m)\n" + TAIL, HEADS),
+        ("mask_select", ADDED.format("m").replace("p =", "f = Where (mb, a, low)\n p =").replace(
+            "Softmax (a)", "Softmax (f)"), HEADS),
+        ("scaled_mask", WRITTEN + "b = Where (mb, a, low)\n f = Mul (b, c)\n"
+         + TAIL.replace("(a)", "(f)"), HEADS),
         ("two_masks", ADDED.format("m").replace("p =", "f = Add (a, m)\n p =").replace(
             "Softmax (a)", "Softmax (f)"), HEADS),
         ("scaled_mask", KEYS + "d = MatMul (q, kt)\n e = Add (d, m)\n a = Mul (e, c)\n" + TAIL,
@@ -283,6 +313,9 @@ NUMBERS = {
         ("keys", FLAT_KEYS.replace("Transpose <perm = [0, 2, 1]>", "Neg"), STATIC),
         ("keys", FLAT_KEYS, STATIC.replace("float[2,6,7,4] k", "float[] k")),
         # heads repeated
+        ("Attention_hhhh_grouped", WRITTEN + TAIL, ONE_HEAD),
+        ("Attention_hhhh", WRITTEN + TAIL, ONE_HEAD.replace("b,1,t,4] v", "b,6,t,4] v")),
+        ("Attention_hhhh", WRITTEN + TAIL, ONE_HEAD.replace("b,6,s,4] q", "b,h,s,4] q")),
         ("Attention_hhhh_grouped", COPIED, SHARED),
         ("Attention_hhhh_grouped", COPIED.replace("two", "minus3"), SHARED),
         ("Attention_hhhh_grouped", COPIED.replace("five", "five_batch"), SHARED),
@@ -543,8 +576,7 @@ def test_factors_multiply() -> None:
         ("shared", SCORES + "a = Add (e, m)\n" + TAIL + "\n extra = Identity (p)"),
         ("shared", SCORES + "a = Add (e, m)\n" + TAIL + "\n extra = Identity (e)"),
         ("shared", SCORES + "a = Add (e, m)\n" + SAFE + "\n extra = Identity (p)"),
-        ("softcap", SCORES + "g = Tanh (e)\n a = Add (g, m)\n" + TAIL),
-        ("two_masks", SCORES + "g = Add (e, m)\n a = Add (g, m)\n" + TAIL),
+        ("softcap", SCORES + "f = Tanh (e)\n g = Tanh (f)\n a = Add (g, m)\n" + TAIL),
         ("scores", SCORES + "a = Neg (e)\n" + TAIL),
         ("scores", SCORES + "a = Add (e, d)\n" + TAIL),
         ("scaled_mask", KEYS + "d = MatMul (q, kt)\n g = Add (d, m)\n a = Mul (g, c)\n" + TAIL),
@@ -570,11 +602,63 @@ def test_scores_that_are_an_output() -> None:
     assert (fused, codes) == ([], {"shared"})
 
 
-def test_a_selected_mask_is_refused() -> None:
-    body = SCORES + "a = Where (b, e, low)\n" + TAIL
-    inputs = HEADS.replace("float[b,1,s,t] m", "bool[b,1,s,t] b")
-    _, fused, codes = fuse(graph(body, inputs, low=np.float32(-1e30)))
-    assert (fused, codes) == ([], {"mask_select"})
+CONDITIONS = HEADS.replace("float[b,1,s,t] m", "bool[b,1,s,t] m1, bool[t] m2")
+
+
+@pytest.mark.parametrize("number", [-np.inf, np.finfo(np.float32).min, -1e4, -1.0, 0.5])
+@pytest.mark.parametrize(
+    "body",
+    [
+        "a = Where (m1, e, low)",
+        "a = Where (m1, low, e)",
+        "f = Where (m1, e, low)\n a = Where (m2, one, f)",
+        "f = Where (m2, low, e)\n a = Where (m1, f, low)",
+        "f = Tanh (e)\n g = Mul (f, c)\n a = Where (m1, g, low)",
+    ],
+)
+def test_numbers_selected_in_the_place_of_scores(body: str, number: float) -> None:
+    proto = graph(SCORES + body + "\n" + TAIL, CONDITIONS, low=np.float32(number))
+    _, fused, codes = fuse(proto)
+    softcap = "_softcap" if "Tanh" in body else ""
+    assert (fused, codes) == ([f"Attention_hhhh_mask_select{softcap}"], set())
+
+
+def test_masks_added_one_after_another() -> None:
+    inputs = HEADS + ", float[t] n, float[6,1,1] h"
+    for order in (("m", "n", "h"), ("h", "m", "n")):
+        steps = "f = Add (e, {})\n g = Add ({}, f)\n a = Add (g, {})\n".format(*order)
+        assert fuse(graph(SCORES + steps + TAIL, inputs))[1:] == (["Attention_hhhh_mask"], set())
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "made"),
+    [
+        ("f = Where (m1, e, low)", "f = Where (m1, e, low)", 1),
+        ("f = Where (m1, e, low)", "f = Where (m1, low, e)", 2),
+        ("f = Where (m1, e, low)", "f = Where (m1, e, one)", 2),
+        ("f = Where (m1, e, low)", "f = Where (m2, e, low)", 2),
+    ],
+)
+def test_layers_share_their_masks(first: str, second: str, made: int) -> None:
+    layers = [SCORES + step + "\n" + TAIL.replace("(a)", "(f)") for step in (first, second)]
+    body = "\n".join(
+        re.sub(r"\b(kt|[defp])\b", rf"\g<1>{number}", layer)
+        for number, layer in enumerate(
+            (layers[0].replace("y =", "o ="), layers[1].replace("q", "o"))
+        )
+    )
+    after, fused, _ = fuse(graph(body, CONDITIONS, low=np.float32(-np.inf)))
+    assert fused == ["Attention_hhhh_mask_select"] * 2
+    assert sum(node.op_type == "Where" for node in after.graph.node) == made
+
+
+def test_what_a_joined_mask_was_made_of_is_reported() -> None:
+    body = SCORES + "f = Where (m1, e, low)\n a = Where (m2, one, f)\n" + TAIL
+    work = fusenorm.optimize(graph(body, CONDITIONS, low=np.float32(-np.inf))).model
+    names = {node.outputs[0].name for node in work.graph}
+    FuseAttentions(Validator())(work)
+    (fused,) = (node for node in work.graph if node.op_type.startswith("Attention"))
+    assert set(fused.metadata_props[SOURCE_KEY].split("\n")) == names
 
 
 @pytest.mark.parametrize(

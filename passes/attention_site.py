@@ -11,7 +11,10 @@ from fusenorm.ops.attention import Attention, Empty, Form
 from fusenorm.passes import facts
 from fusenorm.passes.join_masks import Step
 from fusenorm.passes.pattern import Refusal, node_name
-from fusenorm.passes.rewrite import Rewrite
+from fusenorm.passes.rewrite import Rewrite, View
+
+# By rank, the order that makes the axes of a heads-first operand those of a sequence-first one.
+ROWS_FIRST = {3: (1, 0, 2), 4: (0, 2, 1, 3), 5: (0, 3, 1, 2, 4)}
 
 
 class Refused(Exception):
@@ -55,7 +58,8 @@ class Site:
     """What has been read of one attention.
 
     Attributes:
-        q, k, v: the operands, heads-first unless their letter says `s`.
+        q, k, v: the operands, heads-first unless their letter says `s`: [B, H, S, D], [H, S, D] or,
+            with heads in groups, [B, G, H, S, D].
         mask: what is added to the scores.
         scale: the product of the factors found.
         empty: see Attention.
@@ -86,6 +90,20 @@ class Site:
     nodes: list[ir.Node] = dataclasses.field(default_factory=list)
     computed: dict[ir.Value, ir.Value] = dataclasses.field(default_factory=dict)
     flattened: ir.Value | None = None
+    rank: int = 4
+
+    @property
+    def heads_first(self) -> tuple[int, ...]:
+        """The order that makes the axes of a sequence-first operand those of a heads-first one."""
+        return tuple(map(ROWS_FIRST[self.rank].index, range(self.rank)))
+
+    def sizes(self, name: str) -> tuple[tuple[int | ir.SymbolicDim, ...], int | ir.SymbolicDim]:
+        """The heads, and the rows, of q, k or v."""
+        dims = dims_of(getattr(self, name))
+        first = ROWS_FIRST[self.rank].index(self.rank - 2)
+        if self.letters[name] == "s":
+            return dims[first + 1 : -1], dims[first]
+        return dims[first:-2], dims[-2]
 
 
 def check_operands(site: Site) -> None:
@@ -93,25 +111,43 @@ def check_operands(site: Site) -> None:
         value = getattr(site, name)
         if facts.dtype_of(value) != "f32":
             raise Refused("types", site.root, f"{value.name} is not known to be f32")
-        if facts.rank(value) != 4:
-            raise Refused("rank", site.root, f"{value.name} is not known to have four axes")
-    heads, rows = ([_dim(site, name, role) for name in "qkv"] for role in (1, 2))
-    # MatMul repeats one head of k and v for each of q.
-    site.grouped |= heads[1:] == [1, 1] and isinstance(heads[0], int) and heads[0] > 1
-    _, k_rows, v_rows = rows
+        if facts.rank(value) != site.rank:
+            raise Refused("rank", site.root, f"{value.name} is not known to have {site.rank} axes")
+    (heads, _), (k_heads, k_rows), (v_heads, v_rows) = map(site.sizes, "qkv")
+    # MatMul repeats the last heads of k and v, if they are one, for each of q.
+    if k_heads[-1] == v_heads[-1] == 1 and isinstance(heads[-1], int) and heads[-1] > 1:
+        site.grouped = True
     if (k_rows == 1) != (v_rows == 1):
         raise Refused("shapes_not_proved", site.root, "the one row of k or v may be repeated")
     for mask in filter(None, (site.mask, *(step.value for step in site.steps))):
         if mask.dtype != ir.DataType.BOOL and facts.dtype_of(mask) != "f32":
             raise Refused("types", site.root, f"the mask {mask.name} is not known to be f32")
         rank = facts.rank(mask)
-        if rank is None or rank > 4:
+        if rank is None or rank > min(site.rank, 4):
             raise Refused("rank", site.root, f"the mask {mask.name} has {rank} axes")
+        if site.rank > 4 and any(dim != 1 for dim in dims_of(mask)[:-2]):
+            raise Refused("rank", site.root, f"the mask {mask.name} may differ between heads")
 
 
-def _dim(site: Site, name: str, axis: int) -> int | ir.SymbolicDim:
-    """A size of q, k or v by its axis heads-first."""
-    return dims_of(getattr(site, name))[3 - axis if site.letters[name] == "s" else axis]
+def _views(site: Site) -> tuple[dict[str, View], View | None]:
+    """How the op sees the operands, and y is seen, with four axes."""
+    if site.rank == 4:
+        return {}, None
+    if site.rank == 3:
+        return dict.fromkeys("qkv", View("Unsqueeze", (0,))), View("Squeeze", (0,))
+    own, _ = site.sizes("q")
+    shared = (own[0], 1) if site.grouped else own
+    sizes = {}
+    for name, heads in zip("qkv", (own, shared, shared), strict=True):
+        value = getattr(site, name)
+        known = [size for size in (*heads, dims_of(value)[-1]) if isinstance(size, int) and size]
+        sequence = site.letters[name] == site.letters["y"] == "s"
+        if site.sizes(name)[0] != heads or len(known) < 3 or not sequence:
+            detail = f"the groups of heads of {value.name} are not provably one axis"
+            raise Refused("rank", site.root, detail)
+        sizes[name] = known
+    views = {name: View("Reshape", (0, 0, a * b, last)) for name, (a, b, last) in sizes.items()}
+    return views, View("Reshape", (0, 0, *sizes["q"][:2], sizes["v"][2]))
 
 
 def rewrite_of(root: ir.Node, site: Site) -> Rewrite:
@@ -134,6 +170,7 @@ def rewrite_of(root: ir.Node, site: Site) -> Rewrite:
     tables = () if turn is None else (turn.cos, turn.sin)
     inputs = (site.q, site.k, site.v, *mask, *tables)
     shapes, symbols = _trial(site)
+    views, result = _views(site)
     computed = {}
     for value, like in site.computed.items():
         dims = [dim if isinstance(dim, int) else symbols.get(dim.value) for dim in dims_of(like)]
@@ -149,6 +186,8 @@ def rewrite_of(root: ir.Node, site: Site) -> Rewrite:
         attributes=attributes,
         outputs=(root.outputs[0],),
         nodes=tuple(dict.fromkeys(reversed(site.nodes))),
+        views=views,
+        result=result,
         shapes=shapes,
         computed=computed,
     )
@@ -177,9 +216,11 @@ def _trial(site: Site) -> tuple[dict[ir.Value, tuple[int, ...]], Mapping[str | N
         value = tables.get(name) or getattr(site, name, None)
         if value is None:
             continue
-        roles = roles[4 - len(dims_of(value)) :]
+        rank = len(dims_of(value))
+        lead = {3: roles[1], 4: roles[:2], 5: roles[:2] + roles[1]}[site.rank]
+        roles = (lead + roles[2:])[-rank:]
         if site.letters.get(name) == "s":
-            roles = roles[0] + roles[2] + roles[1] + roles[3]
+            roles = "".join(roles[axis] for axis in ROWS_FIRST[rank])
         if site.keys_turn:
             roles = roles.replace("T", "S")
         if not site.grouped:

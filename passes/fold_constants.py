@@ -123,10 +123,7 @@ def _picked_dims(node: ir.Node) -> np.ndarray | None:
     source = shape_of.inputs[0]
     assert source is not None
     rank = facts.rank(source)
-    if node.op_type == "Gather":
-        places = numbers[0]
-    else:
-        places = _sliced(rank, numbers)
+    places = numbers[0] if node.op_type == "Gather" else _sliced(rank, numbers)
     if places is None:
         return None
     dims = [_dim(source, rank, int(place)) for place in places.flat]

@@ -12,6 +12,7 @@ import onnx_ir as ir
 from fusenorm.ops.attention import Empty
 from fusenorm.passes import facts
 from fusenorm.passes.attention_site import (
+    ROWS_FIRST,
     Refused,
     Site,
     check_operands,
@@ -28,9 +29,6 @@ from fusenorm.passes.rewrite import Check, Rewrite, RewritePass, Rule
 from fusenorm.passes.rotary import read_turns
 from fusenorm.passes.spelling import add, mul, one_of
 
-_SWAPPED = (0, 1, 3, 2)
-_SEQUENCE = (0, 2, 1, 3)
-_SEQUENCE_SWAPPED = (0, 2, 3, 1)
 # Attributes of the standard op, and the values at which they do nothing.
 _IDLE = {
     "is_causal": 0,
@@ -106,13 +104,13 @@ class FuseAttention(Rule):
         for name, rows, columns in (("q", 5, 4), ("v", 7, 6)):
             if speller.pick(2):
                 value = tensor(name, (2, rows, 3, columns))
-                speller.values[name] = speller.node("Transpose", [value], perm=_SEQUENCE)
+                speller.values[name] = speller.node("Transpose", [value], perm=ROWS_FIRST[4])
             else:
                 speller.values[name] = tensor(name, (2, 3, rows, columns))
         form = speller.pick(3)
         keys = tensor("k", (2, 7, 3, 4) if form == 1 else (2, 3, 7, 4))
         if form < 2:
-            keys = speller.node("Transpose", [keys], perm=(_SWAPPED, _SEQUENCE_SWAPPED)[form])
+            keys = speller.node("Transpose", [keys], perm=((0, 1, 3, 2), (0, 2, 3, 1))[form])
         else:
             flat, full = (speller.constant(np.array(s)) for s in ((-1, 7, 4), (2, 3, 4, 7)))
             keys = speller.node(
@@ -127,7 +125,7 @@ class FuseAttention(Rule):
             moves = [root, *_read_idle(root)]
             value = input_of(moves[-1])
             found = value.producer()
-            if facts.permutation(root) != _SEQUENCE or not is_inside(value):
+            if facts.permutation(root) not in ROWS_FIRST.values() or not is_inside(value):
                 return None
             if found is None or found.op_type not in ("MatMul", "Attention") or found.domain != "":
                 return None
@@ -135,6 +133,8 @@ class FuseAttention(Rule):
         try:
             site = read_standard(node) if node.op_type == "Attention" else _read_written(node)
             if site is None:
+                return None
+            if moves and facts.permutation(root) != ROWS_FIRST[site.rank]:
                 return None
             if moves:
                 site.nodes = [*moves, *site.nodes]
@@ -197,6 +197,8 @@ def _read_written(product: ir.Node) -> Site | None:
     q, keys = last.inputs
     assert q is not None
     assert keys is not None
+    if facts.rank(q) in ROWS_FIRST:
+        site.rank = len(dims_of(q))
     site.q = _strip_factors(site, q)
     _read_operands(site, _strip_factors(site, keys))
     return site
@@ -323,15 +325,18 @@ def _read_operands(site: Site, keys: ir.Value) -> None:
     """Everything behind kᵀ, q and v that only moves data."""
     node = keys.producer()
     permutation = facts.permutation(node)
-    if permutation in (_SWAPPED, _SEQUENCE_SWAPPED):
+    *axes, rows, columns = range(site.rank)
+    *moved, last, _ = site.heads_first
+    swapped = {(*axes, columns, rows): "h", (*moved, columns, last): "s"}
+    if permutation in swapped:
         assert node is not None
         site.nodes.append(node)
         site.k = input_of(node)
-        site.letters["k"] = "s" if permutation == _SEQUENCE_SWAPPED else "h"
+        site.letters["k"] = swapped[permutation]
     else:
         site.k = _read_flat_swap(site, keys)
     site.k = _strip_factors(site, site.k)
-    if site.letters["k"] == "h":
+    if site.letters["k"] == "h" and site.rank == 4:
         _read_groups(site)
     read_turns(site)
     for name in "qkv":
@@ -429,7 +434,7 @@ def _read_repeat(value: ir.Value) -> _Repeat | None:
 def _read_sequence(site: Site, name: str) -> None:
     """Through the transpose from sequence-first to heads-first."""
     node = getattr(site, name).producer()
-    if facts.permutation(node) == _SEQUENCE:
+    if facts.permutation(node) == site.heads_first:
         site.nodes.append(node)
         setattr(site, name, input_of(node))
         site.letters[name] = "s"

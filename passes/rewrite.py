@@ -8,7 +8,7 @@ import inspect
 import math
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import onnx_ir as ir
@@ -37,6 +37,27 @@ _BROADCASTING = frozenset("Add Sub Mul Div Pow Min Max".split())
 
 
 @dataclasses.dataclass(frozen=True)
+class View:
+    """The same numbers in another shape.
+
+    Attributes:
+        op_type: what makes it.
+        numbers: of a Reshape the new shape, 0 where a size stays as it is; else the one axis.
+    """
+
+    op_type: Literal["Reshape", "Unsqueeze", "Squeeze"]
+    numbers: tuple[int, ...]
+
+    def shape(self, dims: Sequence[Any]) -> tuple[Any, ...]:
+        """What becomes of the shape `dims`."""
+        if self.op_type == "Reshape":
+            return tuple(size or dims[axis] for axis, size in enumerate(self.numbers))
+        (axis,) = self.numbers
+        one = (1,) if self.op_type == "Unsqueeze" else ()
+        return (*dims[:axis], *one, *dims[axis + 1 - len(one) :])
+
+
+@dataclasses.dataclass(frozen=True)
 class Rewrite:
     """A proposal: these source nodes become one node of `spec`.
 
@@ -50,6 +71,8 @@ class Rewrite:
         nodes: the source nodes it stands for.
         merged: sizes of the source's last axes that are one axis for the op; empty where the op
             takes its inputs as they are.
+        views: how the op sees inputs it does not take as they are, by slot.
+        result: how its first output is seen as the source's.
         shapes: what a check tries an input with, for inputs that are no rows.
         computed: what the source has, in a check, for shapes it computes from elsewhere.
     """
@@ -61,6 +84,8 @@ class Rewrite:
     outputs: tuple[ir.Value | None, ...]
     nodes: tuple[ir.Node, ...]
     merged: tuple[int, ...] = ()
+    views: Mapping[str, View] = dataclasses.field(default_factory=dict)
+    result: View | None = None
     shapes: Mapping[ir.Value, tuple[int, ...]] = dataclasses.field(default_factory=dict)
     computed: Mapping[ir.Value, tuple[int, ...]] = dataclasses.field(default_factory=dict)
 
@@ -255,7 +280,7 @@ def apply(model: ir.Model, rewrite: Rewrite, opset: int) -> ir.Node:
             facts.copy_facts(old, value)
         outputs.append(value)
     inputs = [
-        registered(_merge(rewrite, graph, slot, value), graph)
+        registered(_seen(rewrite, graph, slot, value), graph)
         for slot, value in zip(spec.inputs, rewrite.inputs, strict=True)
     ]
     fused = ir.node(
@@ -281,27 +306,32 @@ def apply(model: ir.Model, rewrite: Rewrite, opset: int) -> ir.Node:
     return fused
 
 
-def _merge(rewrite: Rewrite, graph: ir.Graph, slot: Slot, value: ir.Value) -> ir.Value:
-    """`value` as the fused op takes it: its last axes one axis, where the rewrite merges them."""
-    if not rewrite.merged:
+def _seen(rewrite: Rewrite, graph: ir.Graph, slot: Slot, value: ir.Value) -> ir.Value:
+    """`value` as the fused op takes it."""
+    if not rewrite.merged and slot.name not in rewrite.views:
         return value
+    name = facts.unused(f"{rewrite.root.outputs[0].name}_{rewrite.spec.op_type}_{slot.name}", graph)
+    if not rewrite.merged:
+        return _view(rewrite, value, rewrite.views[slot.name], name)
     width = math.prod(rewrite.merged)
     array = facts.constant(value)
     if slot.layout == "vector" and array is not None:
         return ir.val(f"{value.name}_flat", const_value=ir.tensor(array.reshape(width)))
-    name = f"{rewrite.root.outputs[0].name}_{rewrite.spec.op_type}_{slot.name}"
-    name = facts.unused(name, graph)
-    return _reshape(rewrite, value, _lead(rewrite) if slot.layout == "row" else (), (width,), name)
+    lead = len(_lead(rewrite)) if slot.layout == "row" else 0
+    return _view(rewrite, value, View("Reshape", (*[0] * lead, width)), name)
 
 
 def _restore(rewrite: Rewrite, graph: ir.Graph, value: ir.Value) -> ir.Value:
     """`value`, an output of the fused op with the facts of the source's, in the source's shape."""
-    if not rewrite.merged:
+    lead, result = _lead(rewrite) if rewrite.merged else (), rewrite.result
+    if rewrite.merged:
+        result = View("Reshape", (*[0] * len(lead), *rewrite.merged))
+    if result is None:
         return value
-    lead, name = _lead(rewrite), str(value.name)
+    name, shape = str(value.name), value.shape
     value.name = facts.unused(f"{name}_{rewrite.spec.op_type}", graph)
-    value.shape = ir.Shape([*lead, math.prod(rewrite.merged)])
-    return _reshape(rewrite, value, lead, rewrite.merged, name)
+    value.shape = ir.Shape([*lead, math.prod(rewrite.merged)]) if rewrite.merged else None
+    return _view(rewrite, value, result, name, shape)
 
 
 def _lead(rewrite: Rewrite) -> Sequence[int | ir.SymbolicDim]:
@@ -311,22 +341,22 @@ def _lead(rewrite: Rewrite) -> Sequence[int | ir.SymbolicDim]:
     return dims[: -len(rewrite.merged)]
 
 
-def _reshape(
-    rewrite: Rewrite,
-    value: ir.Value,
-    lead: Sequence[int | ir.SymbolicDim],
-    sizes: tuple[int, ...],
-    name: str,
+def _view(
+    rewrite: Rewrite, value: ir.Value, view: View, name: str, shape: ir.Shape | None = None
 ) -> ir.Value:
-    """`value`, whose leading dimensions are `lead`, as [*lead, *sizes], in front of the root."""
+    """`value` seen in another shape, `shape` if that is known, in front of the root."""
     root = rewrite.root
     assert root.graph is not None
-    # 0 keeps a dimension whatever its size, none included.
-    target = np.array([*[0] * len(lead), *sizes], np.int64)
-    shape = registered(ir.val(f"{name}_shape", const_value=ir.tensor(target)), root.graph)
-    result = ir.val(name, type=value.type, shape=ir.Shape([*lead, *sizes]))
-    node = ir.node("Reshape", [value, shape], outputs=[result], name=f"{name}_reshape")
-    root.graph.insert_before(root, node)
+    numbers = np.array(view.numbers, np.int64)
+    kind = "shape" if view.op_type == "Reshape" else "axes"
+    given = registered(ir.val(f"{name}_{kind}", const_value=ir.tensor(numbers)), root.graph)
+    if shape is None and (dims := facts.proved_dims(value)) is not None:
+        shape = ir.Shape(view.shape(dims))
+    result = ir.val(name, type=value.type, shape=shape)
+    title = f"{name}_{view.op_type.lower()}"
+    root.graph.insert_before(
+        root, ir.node(view.op_type, [value, given], outputs=[result], name=title)
+    )
     return result
 
 

@@ -91,7 +91,7 @@ def _read(site: Site, value: ir.Value) -> Turn | None:
         _refuse("other_graph", turn.nodes, detail)
     elif value.is_graph_output() or any(node.op_type != "Shape" for node in readers):
         _refuse("rotary_shared", turn.nodes, f"{value.name} has other readers")
-    elif not _fit(turn):
+    elif not _fit(turn, site.rank):
         detail = f"{turn.cos.name}, {turn.sin.name} are not provably [B, 1, S, {turn.width}]"
         _refuse("rotary_tables", turn.nodes, detail)
     else:
@@ -103,13 +103,17 @@ def _refuse(code: str, nodes: tuple[ir.Node, ...], detail: str) -> None:
     remember(Miss(nodes, Refusal(code, node_name(nodes[0]), detail)), ROTARY)
 
 
-def _fit(turn: Turn) -> bool:
-    """Whether the tables provably are of one shape that broadcasts to [B, 1, S, R]."""
+def _fit(turn: Turn, rank: int) -> bool:
+    """Whether the tables provably are of one shape that broadcasts to [B, 1, S, R].
+
+    rank: of what they turn; of other than four axes only S and R may have a size.
+    """
     dims = list(turn.cos.shape or ())
     if turn.form == "cached":
-        fit = len(dims) <= 3 and dims[-1:] == [turn.width / 2]
+        fit = len(dims) <= 3 and dims[-1:] == [turn.width / 2] and rank == 4
     else:
-        fit = len(dims) <= 4 and dims[-1:] == [turn.width] and dims[-3:-2] in ([], [1])
+        fit = len(dims) <= min(rank, 4) and dims[-1:] == [turn.width]
+        fit = fit and all(dim == 1 for dim in (dims[-3:-2] if rank == 4 else dims[:-2]))
     return fit and facts.same_shape(turn.cos, turn.sin)
 
 

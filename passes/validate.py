@@ -22,7 +22,7 @@ from fusenorm.ops.spec import DOMAIN, DTYPE_OF_ONNX, DTYPES, DType, Layout, OpSp
 from fusenorm.passes import facts
 from fusenorm.passes.evaluate import EvaluationError, evaluate
 from fusenorm.passes.pattern import Refusal, node_name
-from fusenorm.passes.rewrite import Rewrite
+from fusenorm.passes.rewrite import Rewrite, View
 
 # Largest |a-b| / max|row of a| allowed in float64. The source's constants carry half an epsilon
 # of its type; GELU's tail multiplies a relative error by up to x², about 100 on the rows below.
@@ -86,6 +86,7 @@ class Claim:
         attributes: its numbers.
         outputs: for each of spec.outputs, whether the source has it.
         merged: the last dimensions that are one to the fused op, () if it has them as they are.
+        views, result: how the fused op sees each operand, and its first output is seen.
         opset: of the model.
     """
 
@@ -96,6 +97,8 @@ class Claim:
     attributes: Mapping[str, float]
     outputs: tuple[bool, ...]
     merged: tuple[int, ...]
+    views: tuple[View | None, ...]
+    result: View | None
     opset: int
 
     @classmethod
@@ -151,6 +154,8 @@ class Claim:
             {name: float(rewrite.attributes[name]) for name in rewrite.spec.attributes},
             tuple(value is not None for value in rewrite.outputs),
             rewrite.merged,
+            tuple(rewrite.views.get(slot.name) for slot in rewrite.spec.inputs),
+            rewrite.result,
             opset,
         )
 
@@ -331,14 +336,18 @@ def _run_fused(claim: Claim, feeds: Mapping[str, np.ndarray], kind: DType) -> li
     spec = claim.spec.with_dtype("f64") if kind == "f64" else claim.spec
     merged = claim.merged
     arrays = {}
-    for slot, operand in zip(spec.inputs, claim.operands, strict=True):
+    for slot, operand, view in zip(spec.inputs, claim.operands, claim.views, strict=True):
         array = feeds[operand.name].astype(DTYPES[slot.dtype].numpy)
+        if view is not None:
+            array = array.reshape(view.shape(array.shape))
         if merged:
             array = array.reshape(*array.shape[: -len(merged)], math.prod(merged))
         arrays[slot.name] = array
     names = [slot.name for slot in spec.inputs], [slot.name for slot in spec.outputs]
     node = fused_proto(spec, claim.attributes, *names)
     outputs = evaluate([node], arrays, list(node.output), [spec.function(claim.opset)], claim.opset)
+    if claim.result is not None:
+        outputs[0] = outputs[0].reshape(claim.result.shape(outputs[0].shape))
     return [out.reshape(*out.shape[:-1], *merged) if merged else out for out in outputs]
 
 

@@ -122,7 +122,8 @@ def _both(kind: str) -> str:
         *(("qk", WRITTEN, _both(kind)) for kind in ("[1,1,s,8]", "[1,s,8]", "[s,8]", "[8]")),
         *(("", WRITTEN, _both(kind)) for kind in (
             "[b,6,s,8]", "[6,s,8]", "[b,1,s,1]", "[b,1,s,d]")),
-        *(("rank", WRITTEN, _both(kind)) for kind in ("[1,b,1,s,8]", "[]")),
+        ("keys", WRITTEN, _both("[1,b,1,s,8]")),
+        ("rank", WRITTEN, _both("[]")),
         ("", WRITTEN, _tables("float[b,1,s,8] cos, float[1,1,s,8] sin")),
         ("", WRITTEN, _tables("float[b,1,s,8] cos, float[b,1,t,8] sin")),
         ("rank", WRITTEN, _tables("float[b,1,s,8] cos, float[] sin")),

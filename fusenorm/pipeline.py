@@ -48,6 +48,7 @@ from fusenorm.passes.fuse_glu import FuseGatedUnit
 from fusenorm.passes.fuse_linear import FuseLinearMaps
 from fusenorm.passes.fuse_norm import FuseNorm
 from fusenorm.passes.fuse_residual import FuseResidualNorm
+from fusenorm.passes.merge_reshapes import MergeReshapes
 from fusenorm.passes.norm_linear import NormLinear
 from fusenorm.passes.pattern import node_name
 from fusenorm.passes.rewrite import Check, RewritePass, Rule
@@ -177,6 +178,7 @@ def lowering_passes(
         *([ConcatLinearMaps(check)] if options.concat_linear else []),
         *([AddResidual(check)] if options.add_residual else []),
         *([NormLinear(check)] if options.norm_linear else []),
+        MergeReshapes(),
         Cleanup(),
     ]
 

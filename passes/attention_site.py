@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import onnx_ir as ir
 
@@ -257,16 +257,3 @@ def input_of(node: ir.Node) -> ir.Value:
 def is_inside(value: ir.Value, readers: int = 1) -> bool:
     """Whether nothing but the nodes of the match reads the value."""
     return len(value.uses()) == readers and not value.is_graph_output()
-
-
-def same(
-    dims: Iterable[int | ir.SymbolicDim] | None, others: Iterable[int | ir.SymbolicDim] | None
-) -> bool:
-    """Whether these dimensions are provably the same, in order."""
-    if dims is None or others is None:
-        return False
-    one, two = list(dims), list(others)
-    return len(one) == len(two) and all(
-        a == b and (isinstance(a, int) or a.value is not None)
-        for a, b in zip(one, two, strict=True)
-    )

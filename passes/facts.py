@@ -244,7 +244,7 @@ def same_shape(a: ir.Value, b: ir.Value) -> bool:
     if a is b:
         return True
     own, other = proved_dims(a), proved_dims(b)
-    if own is not None and other is not None and _equal_dims(own, other):
+    if equal_dims(own, other):
         return True
     size = last_dim(a)
     return size is not None and size == last_dim(b) and _origin(a) is _origin(b)
@@ -256,15 +256,17 @@ def same_leading_dims(a: ir.Value, b: ir.Value) -> bool:
     A name that stands twice says nothing of the order.
     """
     own, other = proved_dims(a), proved_dims(b)
-    if own is None or other is None or not _equal_dims(own[:-1], other[:-1]):
+    if own is None or other is None or not equal_dims(own[:-1], other[:-1]):
         return False
     names = [dim for dim in own[:-1] if isinstance(dim, ir.SymbolicDim)]
     return len(set(names)) == len(names)
 
 
-def _equal_dims(a: Sequence[_Dim], b: Sequence[_Dim]) -> bool:
-    """Whether every dimension is the same number or the same named symbol."""
-    return len(a) == len(b) and all(
+def equal_dims(a: Sequence[_Dim] | None, b: Sequence[_Dim] | None) -> bool:
+    """Whether both are known and every dimension is the same number or the same named symbol."""
+    if a is None or b is None or len(a) != len(b):
+        return False
+    return all(
         x == y and (isinstance(x, int) or x.value is not None) for x, y in zip(a, b, strict=True)
     )
 
@@ -430,7 +432,7 @@ def view_of(value: ir.Value) -> View | None:
     pair = (2, size // 2) if axis == -2 else (size // 2, 2)
     lead, kept = before[:-1], after[:-2]
     # Where all but one of the leading dimensions stay, so does that one.
-    moved = [x for x, y in zip(lead, kept, strict=False) if not _equal_dims((x,), (y,))]
+    moved = [x for x, y in zip(lead, kept, strict=False) if not equal_dims((x,), (y,))]
     whole = len(lead) == len(kept) and len(moved) <= 1
     if not whole or axis not in (-2, -1) or after[-2:] != pair:
         return None

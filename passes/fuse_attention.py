@@ -20,7 +20,6 @@ from fusenorm.passes.attention_site import (
     input_of,
     is_inside,
     rewrite_of,
-    same,
 )
 from fusenorm.passes.infer_shapes import InferShapes
 from fusenorm.passes.join_masks import Made, Step, join, read_selected, read_selection
@@ -211,7 +210,7 @@ def _read_idle(reader: ir.Node) -> list[ir.Node]:
     if node is None or not is_inside(value):
         return []
     source = input_of(node)
-    return [node] if same(facts.proved_dims(value), facts.proved_dims(source)) else []
+    return [node] if facts.equal_dims(facts.proved_dims(value), facts.proved_dims(source)) else []
 
 
 def _read_safe(weights: ir.Value, nodes: list[ir.Node]) -> tuple[ir.Value, Empty]:
@@ -361,7 +360,7 @@ def _read_flat_swap(site: Site, keys: ir.Value) -> ir.Value:
     if shapes != [4, 3, 4] or facts.permutation(chain[1]) != (0, 2, 1):
         raise Refused("keys", chain[1], f"{keys.name} is no transpose of the keys")
     batch, heads, rows, inner = dims_of(value)
-    if not same(dims_of(flat)[1:], (rows, inner)) or not same(
+    if not facts.equal_dims(dims_of(flat)[1:], (rows, inner)) or not facts.equal_dims(
         dims_of(keys), (batch, heads, inner, rows)
     ):
         raise Refused("keys", chain[0], f"{keys.name} is not provably a transpose of the keys")
@@ -424,9 +423,9 @@ def _read_repeat(value: ir.Value) -> _Repeat | None:
     copies = dims_of(expanded)[2]
     if not isinstance(heads, int) or not isinstance(copies, int):
         return None
-    if not same(dims_of(expanded), (batch, heads, copies, rows, inner)):
+    if not facts.equal_dims(dims_of(expanded), (batch, heads, copies, rows, inner)):
         return None
-    if not same(facts.proved_dims(result), (batch, heads * copies, rows, inner)):
+    if not facts.equal_dims(facts.proved_dims(result), (batch, heads * copies, rows, inner)):
         return None
     return _Repeat(value, result, tuple(nodes))
 
@@ -484,13 +483,13 @@ def _covers(mask: ir.Value, k: ir.Value) -> bool:
     """
     if not facts.rank(mask) or facts.rank(k) != 4:
         return False
-    return same((mask.shape[-1],), (k.shape[2],))  # type: ignore[index]
+    return facts.equal_dims((mask.shape[-1],), (k.shape[2],))  # type: ignore[index]
 
 
 def _same_heads(q: ir.Value, k: ir.Value, v: ir.Value) -> bool:
     if any(facts.rank(value) != 4 for value in (q, k, v)):
         return False
-    return all(same(dims_of(value)[1:2], dims_of(q)[1:2]) for value in (k, v))
+    return all(facts.equal_dims(dims_of(value)[1:2], dims_of(q)[1:2]) for value in (k, v))
 
 
 def _add_masks(graph: ir.Graph) -> bool:

@@ -68,12 +68,11 @@ static void attention_task(void* data, size_t index) {
   int64_t end = begin + job->row_block;
   if (last > job->units) last = job->units;
   if (end > job->rows) end = job->rows;
-  char* block = malloc(4 * attention_scratch(job) + 64);
-  char* scratch = aligned(block);
-  if (block == NULL) job->failed = 1;
-  for (; unit < last && block != NULL; ++unit)
+  char* scratch = take_scratch(4 * attention_scratch(job));
+  if (scratch == NULL) job->failed = 1;
+  for (; unit < last && scratch != NULL; ++unit)
     if (attention_unit(job, unit, begin, end, scratch) != 0) job->failed = 1;
-  free(block);
+  give_scratch(scratch);
 }
 
 /* Several small units to a task; a large one in parts, as long as tasks are few. */

@@ -53,8 +53,6 @@ static void layout_task(void* data, size_t index) {
   linear_call(job, op->other, tensors, 2, numbers, 4, op->attributes - op->norm, op->attributes);
 }
 
-static char* aligned(char* memory) { return memory + (64 - (uintptr_t)memory % 64) % 64; }
-
 /* Inputs of a map. */
 static int linear_reads(const Op* op) { return (op->inputs - 1) / op->outputs; }
 
@@ -88,15 +86,15 @@ static void linear_task(void* data, size_t index) {
   char* wide = NULL;
   if (op->input[1].bytes == 2) { /* room for the columns of several tiles in f32 */
     int64_t columns = job->count > 1 ? job->inner * PANEL * op->parts : 0;
-    wide = malloc((size_t)columns * 4 + 64);
+    wide = take_scratch((size_t)columns * 4);
     if (wide == NULL) {
       job->failed = 1;
       return;
     }
-    set_tensor(&tensors[made++], &columns, 1, aligned(wide), &WIDE);
+    set_tensor(&tensors[made++], &columns, 1, wide, &WIDE);
   }
   linear_call(job, op->kernel, tensors, made, numbers, 6, 0, op->attributes - op->norm);
-  free(wide);
+  give_scratch(wide);
 }
 
 static int64_t linear_panel_blocks(const LinearJob* job) {
@@ -142,14 +140,13 @@ static OrtStatus* linear_share(OrtKernelContext* context, void (*task)(void*, si
 
 /* One f32 row is a tile as it lies, unless it is normalised or y takes its place; else the tiles
    get memory of their own, in `made`. */
-static OrtStatus* linear_layout(LinearJob* job, OrtKernelContext* context, void** made) {
+static OrtStatus* linear_layout(LinearJob* job, OrtKernelContext* context, char** made) {
   job->tiles = (char*)job->input[0];
   const Op* op = job->state->op;
   int kept = job->output[0] != job->input[0]; /* not where x is the residual too */
   if (job->rows == 1 && op->input[0].bytes == 4 && !op->norm && kept) return NULL;
-  *made = malloc((size_t)((job->rows + 1) * job->inner) * 4 + 64);
+  *made = job->tiles = take_scratch((size_t)((job->rows + 1) * job->inner) * 4);
   if (*made == NULL) return CreateStatus(ORT_FAIL, "fusenorm: out of memory");
-  job->tiles = aligned(*made);
   job->layout_block = 1 + LAYOUT_TASK / (job->inner * job->height + 1);
   int64_t tasks = shares(job->count, job->layout_block);
   return linear_share(context, layout_task, tasks, job);
@@ -227,10 +224,10 @@ static OrtStatus* linear_compute(const State* state, OrtKernelContext* context) 
   if (job.rows == 0) return NULL;
   int64_t tasks = linear_tasks(&job);
   if (tasks == 0) return NULL;
-  void* made = NULL;
+  char* made = NULL;
   OrtStatus* status = linear_layout(&job, context, &made);
   if (status == NULL) status = linear_share(context, linear_task, tasks, &job);
-  free(made);
+  give_scratch(made);
   return status != NULL ? status : job.failed ? refused(state) : NULL;
 }
 

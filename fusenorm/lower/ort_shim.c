@@ -676,6 +676,7 @@ static OrtStatus* rows_infer(const Op* op, OrtShapeInferContext* context) {
 
 /* ---- kinds of ops ---- */
 
+#include "ort_scratch.h"
 #include "ort_linear.h"
 #include "ort_attention.h"
 #if HAS_CUDA

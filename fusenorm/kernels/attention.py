@@ -23,10 +23,12 @@ from fusenorm.kernels.rows import function, prefetch
 from fusenorm.ops import Attention
 
 _STEP = 64  # of D: successive numbers of a row in the tile of q
+_VECTORS = 2  # of a panel of keys
+_SIZES = (12, 8, 4, 2, 1)  # rows of a tile; narrow vectors have registers for half as many
 _PACKED = 4  # rows from which packing keys pays
+_COPIED = 16  # rows from which bringing values together pays
 _TRIMMED = 32  # rows from which looking at the mask pays
 _LINE = 16  # numbers of a cache line
-_AHEAD = 512  # numbers of a panel of keys read ahead of their use
 # With scores within ±1e34, a weight whose mask is at most _DROPPED underflows to 0 beside one whose
 # mask is at least _KEPT.
 _DROPPED, _KEPT, _TAME = -1e37, -1e35, 1e15
@@ -62,8 +64,8 @@ def functions(spec: Attention, lanes: int) -> list[Any]:
     T > 0, D, E, first and last row, counted through the heads; strides in elements of the heads and
     rows of q, the rows of k and v, the heads and rows of y, the heads, rows and columns of the
     mask, the last 0 or 1; R and the stride of the tables' rows; then the attributes. Scratch holds
-    `(KEYS + 16)·D + 528` numbers and, of each of 8 rows, D rounded up to 64 and KEYS, and two for
-    every row.
+    `(KEYS + 16)·D + KEYS·E + 528` numbers and, of each of 12 rows, D rounded up to 64 and KEYS, and
+    two for every row.
     """
     (name,) = symbols(spec)
     with function(name) as builder:
@@ -76,8 +78,8 @@ class _Kernel:
         self.spec = spec
         self.lanes = Lanes(lanes)
         self.width = lanes
-        self.panel = 2 * lanes
-        self.rows = 8 if lanes == 16 else 4
+        self.panel = _VECTORS * lanes
+        self.sizes = _SIZES if lanes == 16 else [size // 2 for size in _SIZES[:-1]]
 
     def emit(self) -> None:
         names = [*(slot.name for slot in self.spec.inputs), "y", "scratch"]
@@ -92,28 +94,29 @@ class _Kernel:
         self.scratch = self.buffers["scratch"]
         self.count = T.bind(at["row_end"] - at["row_begin"])
         # Parts of scratch: panels of keys, turned rows, a tile of q, its scores, maxima and sums of
-        # every row.
+        # every row, values.
         self.turned = T.bind(at["inner"] * KEYS + self.width * self.panel)
         self.tile_q = T.bind(self.turned + (at["inner"] + 1) * self.width)
         self.steps = T.bind(T.truncdiv(at["inner"] + (_STEP - 1), T.int64(_STEP)))
-        self.scores = T.bind(self.tile_q + self.steps * (_STEP * self.rows))
-        self.maxima = T.bind(self.scores + KEYS * self.rows)
+        self.scores = T.bind(self.tile_q + self.steps * (_STEP * _SIZES[0]))
+        self.maxima = T.bind(self.scores + KEYS * _SIZES[0])
         self.sums = T.bind(self.maxima + self.count)
-        self.correction = T.alloc_buffer((self.rows,), "float32")
+        self.values = T.bind(self.sums + self.count)
+        self.correction = T.alloc_buffer((_SIZES[0],), "float32")
+        self.factor = T.alloc_buffer((_SIZES[0],), "float32")
         self.wild = T.alloc_buffer((self.width,), "float32")
         self.wild_q = T.alloc_buffer((self.width,), "float32")
         self.live = T.alloc_buffer((1,), "int64")
         with T.serial(self.count) as row:
             self._put(self.maxima + row, T.float32(-math.inf))
-            self._put(self.sums + row, T.float32(0.0))
         blocks = T.truncdiv(at["keys"] + (KEYS - 1), T.int64(KEYS))
         with T.serial(blocks) as block:
             self.first = T.bind(block * KEYS)
             self.size = T.bind(T.min(T.int64(KEYS), at["keys"] - self.first))
+            self.last = T.bind(block == blocks - 1)
             with T.If(self._packed()), T.Then():
                 self._pack()
             self._tiles()
-        self._normalise()
 
     # -- helpers
 
@@ -232,9 +235,10 @@ class _Kernel:
         inner, keys = self.at["inner"], self.at["keys"]
         T.buffer_store(self.wild, self.lanes.f32(0.0), [self._ramp(0)])
         panels = T.truncdiv(self.size + (self.panel - 1), T.int64(self.panel))
-        with T.serial(panels * 2) as group:
-            panel = T.bind(T.truncdiv(group, T.int64(2)))
-            target = T.bind(panel * (inner * self.panel) + (group - panel * 2) * self.width)
+        with T.serial(panels * _VECTORS) as group:
+            panel = T.bind(T.truncdiv(group, T.int64(_VECTORS)))
+            vector = T.bind(group - panel * _VECTORS)
+            target = T.bind(panel * (inner * self.panel) + vector * self.width)
             key = T.bind(self.first + group * self.width)
             if self.spec.rotary == "qk":
                 source, starts = "scratch", self._turn_keys(T.bind(T.min(key, keys - 1)))
@@ -255,13 +259,18 @@ class _Kernel:
                     T.buffer_store(self.scratch, vector, [index])
 
             self._blocks(inner, body)
-        if self.spec.mask:
-            with T.If(self.count >= _TRIMMED), T.Then(), T.serial(self.size) as key:
-                start = T.bind((self.first + key) * self.at["v_row"])
-                self._blocks(
-                    self.at["columns"],
-                    lambda at, mask: self._note_wild(self.wild, self._load("v", start + at, mask)),
-                )
+        with T.If(self.count >= _COPIED), T.Then(), T.serial(self.size) as key:
+            columns = self.at["columns"]
+            start = T.bind((self.first + key) * self.at["v_row"])
+            target = T.bind(self.values + key * columns)
+
+            def copy(at: Expr, mask: Expr) -> None:
+                vector = self._load("v", start + at, mask)
+                if self.spec.mask:
+                    self._note_wild(self.wild, vector)
+                self._store("scratch", target + at, mask, vector)
+
+            self._blocks(columns, copy)
 
     def _turn_keys(self, key: Expr) -> list[Expr]:
         """Where the turned keys from `key` on are in scratch, the last one as often as needed."""
@@ -278,14 +287,14 @@ class _Kernel:
     # -- a tile of rows
 
     def _tiles(self) -> None:
-        """Tiles of `rows` rows, then of half as many, down to one."""
+        """Tiles of the largest size, the rest in smaller ones."""
         done = T.alloc_buffer((1,), "int64")
         T.buffer_store(done, T.int64(0), [0])
         with T.While(done[0] < self.count):
             left = T.bind(self.count - done[0])
             size = T.int64(1)
-            for exponent in range(1, self.rows.bit_length()):
-                size = T.Select(left >= 2**exponent, T.int64(2**exponent), size)
+            for each in sorted(self.sizes):
+                size = T.Select(left >= each, T.int64(each), size)
             size = T.bind(size)
             self._tile(size, T.bind(self.at["row_begin"] + done[0]))
             T.buffer_store(done, done[0] + size, [0])
@@ -296,28 +305,41 @@ class _Kernel:
         if self.spec.mask:
             with T.If(self.count >= _TRIMMED), T.Then():
                 self._trim(size, row)
-        with T.If(self.live[0] > 0), T.Then():
-            live = T.bind(self.live[0])
+        live = T.bind(self.live[0])
+        with T.If(live > 0), T.Then():
             with T.If(self._packed()):
                 with T.Then():
-                    self._for_each_size(size, lambda size: self._scores_of_panels(size, row, live))
+                    self._for_each_size(size, lambda n: self._scores_of_panels(n, row, live))
                 with T.Else(), T.serial(size) as i:
                     self._scores_of_row(i)
             with T.serial(size) as i:
                 self._softmax(row, i, live)
-            self._for_each_size(size, lambda size: self._add_values(size, row, live))
+            copied = "scratch", self.values, self.at["columns"]
+            stored = "v", T.bind(self.first * self.at["v_row"]), self.at["v_row"]
+            with T.If(self.count >= _COPIED):
+                with T.Then():
+                    self._for_each_size(size, lambda n: self._add_values(n, row, live, copied))
+                with T.Else():
+                    self._for_each_size(size, lambda n: self._add_values(n, row, live, stored))
+        if self.spec.mask:
+            with T.If(T.And(self.last, live == 0)), T.Then(), T.serial(size) as i:
+                self._rescale(row + i)
+        if self.spec.empty == "safe":
+            with T.If(self.last), T.Then(), T.serial(size) as i:
+                self._add_nothing(row + i)
 
     def _for_each_size(self, size: Expr, body: Callable[[int], None]) -> None:
         """`body` with the size known while compiling."""
-        for exponent in range(self.rows.bit_length()):
-            with T.If(size == 2**exponent), T.Then():
-                body(2**exponent)
+        for each in self.sizes:
+            with T.If(size == each), T.Then():
+                body(each)
 
     def _load_q(self, size: Expr, row: Expr) -> None:
         """Rows of q times the scale, as [D / 64, rows, 64]; whether they are tame."""
         T.buffer_store(self.wild_q, self.lanes.f32(0.0), [self._ramp(0)])
         with T.serial(size) as i:
             source, start = "q", self._place("q", row + i)
+            self._fetch_q(row + i + self.sizes[0], start + self.sizes[0] * self.at["q_row"])
             if self.spec.rotary != "none":
                 _, position = self._row(row + i)
                 self._turn("q", start, position, self.turned)
@@ -326,7 +348,7 @@ class _Kernel:
             def body(at: Expr, mask: Expr) -> None:
                 step = T.bind(T.truncdiv(at, T.int64(_STEP)))
                 inside = T.bind(at - step * _STEP)
-                index = self._ramp(self.tile_q + step * (_STEP * self.rows) + i * _STEP + inside)
+                index = self._ramp(self.tile_q + step * (_STEP * _SIZES[0]) + i * _STEP + inside)
                 value = self.lanes.let(
                     self._load(source, start + at, mask) * self.lanes.spread(self.numbers["scale"])
                 )
@@ -336,9 +358,17 @@ class _Kernel:
 
             self._blocks(self.at["inner"], body)
 
+    def _fetch_q(self, row: Expr, start: Expr) -> None:
+        """Have a row of the next tile brought to the caches, if there is one."""
+        with T.If(row < self.at["row_end"]), T.Then():
+            lines = T.truncdiv(self.at["inner"] + (_LINE - 1), T.int64(_LINE))
+            with T.serial(lines) as line:
+                prefetch(self.buffers["q"][start + line * _LINE], 1)
+
     def _trim(self, size: Expr, row: Expr) -> None:
         """Leave out of `live` the last keys that the mask gives no weight in any of the rows."""
-        last = T.bind(self._place("mask", row) + (self.first + self.size - 1))
+        key = T.bind((self.first + self.size - 1) * self.at["mask_column"])
+        last = T.bind(self._place("mask", row) + key)
         dropped = T.bind(self.buffers["mask"][last] <= T.float32(_DROPPED))
         index = self._ramp(0)
         wild = self._across(_larger(self.wild[index], self.wild_q[index]), _larger)
@@ -389,23 +419,21 @@ class _Kernel:
         with T.serial(panels) as panel:
             if self.spec.mask:
                 self._fetch_mask(size, row, panel)
-            sums = self.lanes.zeros(2 * size)
+            sums = self.lanes.zeros(_VECTORS * size)
             start = T.bind(panel * (inner * self.panel))
             with T.serial(self.steps) as step:
-                tile = T.bind(self.tile_q + step * (_STEP * self.rows))
+                tile = T.bind(self.tile_q + step * (_STEP * _SIZES[0]))
                 part = T.bind(start + step * (_STEP * self.panel))
                 with T.serial(T.min(T.int64(_STEP), inner - step * _STEP)) as d:
-                    places = [part + d * self.panel + j * self.width for j in range(2)]
-                    for at in places:
-                        prefetch(self.scratch[at + _AHEAD], 1)
+                    places = [part + d * self.panel + j * self.width for j in range(_VECTORS)]
                     keys = [T.bind(self.scratch[self._ramp(at)]) for at in places]
                     for i in range(size):
                         value = T.bind(self.lanes.spread(self.scratch[tile + d + i * _STEP]))
-                        for j in range(2):
-                            self.lanes.add(sums[2 * i + j], value * keys[j])
+                        for j, key in enumerate(keys):
+                            self.lanes.add(sums[_VECTORS * i + j], value * key)
             for index, total in enumerate(sums):
-                target = self.scores + index // 2 * KEYS + panel * self.panel
-                target += index % 2 * self.width
+                target = self.scores + index // _VECTORS * KEYS + panel * self.panel
+                target += index % _VECTORS * self.width
                 T.buffer_store(self.scratch, total[self._ramp(0)], [self._ramp(target)])
 
     def _scores_of_row(self, i: Expr) -> None:
@@ -422,7 +450,7 @@ class _Kernel:
             def body(at: Expr, mask: Expr) -> None:
                 step = T.bind(T.truncdiv(at, T.int64(_STEP)))
                 inside = T.bind(at - step * _STEP)
-                index = self.tile_q + step * (_STEP * self.rows) + i * _STEP + inside
+                index = self.tile_q + step * (_STEP * _SIZES[0]) + i * _STEP + inside
                 query = T.bind(self.scratch[self._ramp(index)])
                 for start, total in zip(starts, sums, strict=True):
                     self.lanes.add(total, query * self._load("k", start + at, mask))
@@ -486,11 +514,18 @@ class _Kernel:
             T.buffer_store(total, total[index] + weight, [index])
 
         self._blocks(live, weigh)
-        correction = _exp(_SCALAR, _SCALAR.let(before - base))
         added = self._across(total[index], lambda a, b: a + b)
-        T.buffer_store(self.correction, correction, [i])
-        self._put(self.sums + state, self.scratch[self.sums + state] * correction + added)
         self._put(self.maxima + state, now)
+        with T.If(self.first == 0):
+            with T.Then():
+                self._put(self.sums + state, added)
+            with T.Else():
+                correction = _exp(_SCALAR, _SCALAR.let(before - base))
+                T.buffer_store(self.correction, correction, [i])
+                self._put(self.sums + state, self.scratch[self.sums + state] * correction + added)
+        T.buffer_store(self.factor, T.float32(1.0), [i])
+        with T.If(self.last), T.Then():
+            T.buffer_store(self.factor, self._factor(row + i), [i])
 
     def _bent(self, score: Expr) -> Expr:
         """softcap·tanh(score / softcap)."""
@@ -502,84 +537,92 @@ class _Kernel:
             return T.Select(mask == self.lanes.f32(0.0), score, mask)
         return score + mask
 
-    def _add_values(self, size: int, row: Expr, live: Expr) -> None:
-        """y = y·correction + weights·v."""
+    def _add_values(self, size: int, row: Expr, live: Expr, v: tuple[str, Expr, Expr]) -> None:
+        """y = y·correction + weights·v; `v` is a buffer, where the block's values begin, a row."""
         targets = [self._place("y", row + i) for i in range(size)]
-        wide = 4 if size < self.rows else 2
+        vectors = 2 * _VECTORS if 3 * size <= self.sizes[0] else _VECTORS
         columns = self.at["columns"]
-        blocks = T.bind(T.truncdiv(columns, T.int64(wide * self.width)))
+        blocks = T.bind(T.truncdiv(columns, T.int64(vectors * self.width)))
         with T.serial(blocks) as block:
-            start = T.bind(block * (wide * self.width))
-            self._add_columns(size, targets, live, start, wide, None)
-        done = T.bind(blocks * (wide * self.width))
-        vectors = T.truncdiv(columns - done + (self.width - 1), T.int64(self.width))
-        with T.serial(vectors) as vector:
+            start = T.bind(block * (vectors * self.width))
+            self._add_columns(size, targets, live, v, start, vectors, None)
+        done = T.bind(blocks * (vectors * self.width))
+        rest = T.truncdiv(columns - done + (self.width - 1), T.int64(self.width))
+        with T.serial(rest) as vector:
             start = T.bind(done + vector * self.width)
-            self._add_columns(size, targets, live, start, 1, self.lanes.first(columns - start))
+            self._add_columns(size, targets, live, v, start, 1, self.lanes.first(columns - start))
 
     def _add_columns(
-        self, size: int, targets: list[Expr], live: Expr, column: Expr, wide: int, mask: Expr
+        self,
+        size: int,
+        targets: list[Expr],
+        live: Expr,
+        v: tuple[str, Expr, Expr],
+        column: Expr,
+        wide: int,
+        mask: Expr,
     ) -> None:
+        name, begin, stride = v
         sums = self.lanes.zeros(size * wide)
         places = [(i, column + j * self.width) for i in range(size) for j in range(wide)]
-        start = T.bind(self.first * self.at["v_row"] + column)
+        start = T.bind(begin + column)
         with T.serial(live) as key:
             values = [
-                self._load("v", start + key * self.at["v_row"] + j * self.width, mask)
-                for j in range(wide)
+                self._load(name, start + key * stride + j * self.width, mask) for j in range(wide)
             ]
             for i in range(size):
                 weight = T.bind(self.lanes.spread(self.scratch[self.scores + i * KEYS + key]))
                 for j in range(wide):
                     self.lanes.add(sums[i * wide + j], weight * values[j])
         totals = [total[self._ramp(0)] for total in sums]
+        factors = [T.bind(self.lanes.spread(self.factor[i])) for i in range(size)]
         with T.If(self.first == 0):
             with T.Then():
                 for (i, at), total in zip(places, totals, strict=True):
-                    self._store("y", targets[i] + at, mask, total)
+                    self._store("y", targets[i] + at, mask, self.lanes.let(total * factors[i]))
             with T.Else():
                 for (i, at), total in zip(places, totals, strict=True):
                     correction = self.lanes.spread(self.correction[i])
                     value = self._load("y", targets[i] + at, mask) * correction + total
-                    self._store("y", targets[i] + at, mask, self.lanes.let(value))
+                    value = self.lanes.let(self.lanes.let(value) * factors[i])
+                    self._store("y", targets[i] + at, mask, value)
 
-    def _normalise(self) -> None:
-        """Divide each row of y by its sum."""
-        with T.serial(self.count) as index:
-            start = self._place("y", self.at["row_begin"] + index)
-            total = T.bind(self.scratch[self.sums + index])
-            one = T.float32(1.0)
-            factor = _SCALAR.let(one / total)
-            if self.spec.empty != "nan":
-                # A sum of 0 has no weights; one of NaN has weights that count as 0.
-                factor = _SCALAR.let(T.Select(total == T.float32(0.0), one, factor))
+    def _factor(self, row: Expr) -> Expr:
+        """What the weighted sum of values of a row is divided by, as a factor."""
+        total = T.bind(self.scratch[self.sums + (row - self.at["row_begin"])])
+        factor = T.float32(1.0) / total
+        if self.spec.empty != "nan":  # a sum of 0 has no weights
+            factor = T.Select(total == T.float32(0.0), T.float32(1.0), factor)
+        return _SCALAR.let(factor)
 
-            def body(at: Expr, mask: Expr) -> None:
-                value = self._load("y", start + at, mask) * self.lanes.spread(factor)
-                self._store("y", start + at, mask, self.lanes.let(value))
-
-            if self.spec.empty == "safe":
-                with T.If(total >= T.float32(0.0)):
-                    with T.Then():
-                        self._blocks(self.at["columns"], body)
-                    with T.Else():
-                        self._add_nothing(start)
-            else:
-                self._blocks(self.at["columns"], body)
-
-    def _add_nothing(self, start: Expr) -> None:
-        """Make the row of y at `start` the sum of values times 0: NaN where one is not finite."""
-        # Read back from memory: TVM takes a product with a constant 0 for 0.
-        T.buffer_store(self.correction, T.float32(0.0), [0])
+    def _rescale(self, row: Expr) -> None:
+        """Divide a row of y, which the last block of keys adds nothing to."""
+        start, factor = self._place("y", row), T.bind(self.lanes.spread(self._factor(row)))
 
         def body(at: Expr, mask: Expr) -> None:
-            (total,) = self.lanes.zeros(1)
-            with T.serial(self.at["keys"]) as key:
-                value = self._load("v", key * self.at["v_row"] + at, mask)
-                self.lanes.add(total, value * self.lanes.spread(self.correction[0]))
-            self._store("y", start + at, mask, T.bind(total[self._ramp(0)]))
+            value = self._load("y", start + at, mask) * factor
+            self._store("y", start + at, mask, self.lanes.let(value))
 
         self._blocks(self.at["columns"], body)
+
+    def _add_nothing(self, row: Expr) -> None:
+        """Make y the sum of values times 0 where weights are NaN: NaN where one is not finite."""
+        total = T.bind(self.scratch[self.sums + (row - self.at["row_begin"])])
+        start = self._place("y", row)
+
+        def body(at: Expr, mask: Expr) -> None:
+            # Read back from memory: TVM takes a product with a constant 0 for 0.
+            T.buffer_store(self.correction, T.float32(0.0), [0])
+            (sums,) = self.lanes.zeros(1)
+            with T.serial(self.at["keys"]) as key:
+                value = self._load("v", key * self.at["v_row"] + at, mask)
+                self.lanes.add(sums, value * self.lanes.spread(self.correction[0]))
+            self._store("y", start + at, mask, T.bind(sums[self._ramp(0)]))
+
+        # By its bits: TVM knows of no comparison that only NaN passes.
+        nan = T.bind(_SCALAR.bits(total) & _SCALAR.u32(0x7FFFFFFF)) > _SCALAR.u32(0x7F800000)
+        with T.If(nan), T.Then():
+            self._blocks(self.at["columns"], body)
 
 
 _SCALAR = Lanes(1)

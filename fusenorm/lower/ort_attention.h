@@ -5,7 +5,7 @@
    a range of one unit's rows, counted through its heads. Axes of size 1 broadcast by a stride of
    0, as MatMul and Add have it. */
 
-enum { ROW_TILE = 8, SPLIT_ROWS = 64, ATTENTION_TASK = 1 << 20 };
+enum { ROW_TILE = 12, SPLIT_ROWS = 64, ATTENTION_TASK = 1 << 20 };
 enum { BATCH, HEAD, POSITION, COLUMN, AXES };
 enum { Q, K, V, MASK, COS, SIN, Y, TENSORS };
 
@@ -26,8 +26,8 @@ static int attention_tensor(const Op* op, int input) {
 
 static size_t attention_scratch(const AttentionJob* job) {
   int64_t inner = job->size[Q][COLUMN], steps = (inner + 63) / 64 * 64;
-  return (size_t)((KEY_BLOCK + 16) * inner + 528 + ROW_TILE * (steps + KEY_BLOCK) +
-                  2 * job->row_block);
+  return (size_t)((KEY_BLOCK + 16) * inner + KEY_BLOCK * job->size[V][COLUMN] + 528 +
+                  ROW_TILE * (steps + KEY_BLOCK) + 2 * job->row_block);
 }
 
 static int attention_unit(const AttentionJob* job, int64_t unit, int64_t begin, int64_t end,
@@ -75,7 +75,8 @@ static void attention_task(void* data, size_t index) {
   give_scratch(scratch);
 }
 
-/* Several small units to a task; a large one in parts, as long as tasks are few. */
+/* Several small units to a task; a large one in parts, which each lay out its keys anew, where
+   there are fewer units than the CPUs ask for. */
 static int64_t attention_tasks(AttentionJob* job) {
   double work = (double)job->rows * (double)job->size[K][POSITION] *
                 (double)(job->size[Q][COLUMN] + job->size[V][COLUMN]);
@@ -83,7 +84,7 @@ static int64_t attention_tasks(AttentionJob* job) {
   job->unit_block = 1 + (int64_t)(ATTENTION_TASK / (work + 1));
   int64_t least = (job->units + MAX_TASKS - 1) / MAX_TASKS;
   if (job->unit_block < least) job->unit_block = least;
-  int64_t parts = MAX_TASKS / job->units, most = job->rows / SPLIT_ROWS;
+  int64_t parts = most_tasks / job->units, most = job->rows / SPLIT_ROWS;
   if (parts > most) parts = most;
   if (job->unit_block == 1 && parts > 1) {
     job->row_block = ((job->rows + parts - 1) / parts + ROW_TILE - 1) / ROW_TILE * ROW_TILE;
@@ -106,7 +107,7 @@ static void attention_axes(AttentionJob* job, int which, Layout layout, const in
   for (int axis = 0; axis < AXES; ++axis) {
     int place = attention_place(layout, axis, rank);
     int64_t size = place < 0 ? 1 : dims[place], stride = 1;
-    for (int inner = (int)rank; --inner > place;) stride *= dims[inner];
+    for (int inner = (int)rank; place >= 0 && --inner > place;) stride *= dims[inner];
     job->size[which][axis] = size;
     job->stride[which][axis] = size == 1 ? 0 : stride;
   }

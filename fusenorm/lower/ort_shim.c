@@ -10,6 +10,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
+#include <unistd.h>
 
 /* ---- onnxruntime ---- */
 
@@ -418,7 +419,10 @@ static OrtStatus* plan(Job* job, int64_t shape[][MAX_RANK], const size_t* ranks,
 }
 
 /* Elements below which a thread costs more than it saves, and elements of one task. */
-enum { PARALLEL_ELEMENTS = 32768, TASK_ELEMENTS = 16384, MAX_TASKS = 64 };
+enum { PARALLEL_ELEMENTS = 32768, TASK_ELEMENTS = 16384, MAX_TASKS = 64, TASKS_PER_CPU = 4 };
+
+/* Tasks for the CPUs there are to end together; set when the library is loaded. */
+static int64_t most_tasks = MAX_TASKS;
 
 static OrtStatus* rows_compute(const State* state, OrtKernelContext* context, int32_t gpu) {
   const Op* op = state->op;
@@ -802,6 +806,8 @@ __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(OrtSessionOp
   while (atomic_flag_test_and_set(&lock)) continue;
   if (shared == NULL) {
     loaded_at = ((uint64_t)time(NULL) << 24) ^ (uint64_t)clock();
+    long cpus = sysconf(_SC_NPROCESSORS_ONLN);
+    if (cpus > 0 && cpus < MAX_TASKS / TASKS_PER_CPU) most_tasks = TASKS_PER_CPU * cpus;
     /* Asking for a version that is not there makes onnxruntime print: look first. */
     const char* dot = strchr(base->GetVersionString(), '.');
     int minor = dot != NULL ? atoi(dot + 1) : ORT_API;

@@ -80,6 +80,20 @@ def reads_shape(node: ir.Node) -> bool:
     return node.domain == "" and node.op_type in ("Shape", "Size")
 
 
+def dim_read(node: ir.Node) -> tuple[ir.Value, int] | None:
+    """The value and the axis whose size a Gather of its shape is."""
+    if (node.domain, node.op_type) != ("", "Gather"):
+        return None
+    shape_of = made_by(node.inputs[0], "Shape")
+    index = constant(node.inputs[1])
+    if shape_of is None or shape_of.attributes or index is None or index.size != 1:
+        return None
+    value, axis = shape_of.inputs[0], int(index.item())
+    if value is None or value.shape is None or not -len(value.shape) <= axis < len(value.shape):
+        return None
+    return value, axis
+
+
 def splits_columns(node: ir.Node) -> bool:
     """Whether a node is a standard Split along the last axis."""
     if (node.domain, node.op_type) != ("", "Split"):

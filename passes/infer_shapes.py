@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 import google.protobuf.message
@@ -13,12 +14,16 @@ from fusenorm.passes import facts
 _NO_TENSOR = re.compile("Sequence|Optional")
 # Larger constants are not shapes, and inference copies the model.
 _SHAPE_BYTES = 1000
+_INVENTED = "unk__"  # names of sizes that ONNX makes up
 _FAILURES = (RuntimeError, ValueError, google.protobuf.message.Error)
 
 
 class InferShapes(ir.passes.InPlacePass):
     """ONNX shape inference with data propagation; a model it cannot handle stays as it is.
 
+    It leaves a size open that a Reshape infers from its input (-1): where all others are the same
+    on both sides, it is what is left of the known ones. And it leaves open how far a Range counts
+    to a size. Inference goes on with what is found.
     Initializers that a caller may override are unknown to it. A model that holds sequences or
     optionals keeps the types it came with.
     """
@@ -28,11 +33,19 @@ class InferShapes(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         if any(_NO_TENSOR.search(node.op_type) for node in model.graph.all_nodes()):
             return ir.passes.PassResult(model, False)
-        try:
-            inferred = onnx.shape_inference.infer_shapes(_without_weights(model), data_prop=True)
-        except _FAILURES:
-            return ir.passes.PassResult(model, False)
-        return ir.passes.PassResult(model, _Types().give(model.graph, inferred.graph))
+        types, solved = _Types(), dict[ir.Value, ir.Shape]()
+        modified = _solve(model, solved)
+        while True:
+            try:
+                inferred = onnx.shape_inference.infer_shapes(
+                    _with_solved(model, solved), data_prop=True
+                )
+            except _FAILURES:
+                return ir.passes.PassResult(model, modified)
+            modified |= types.give(model.graph, inferred.graph)
+            if not _solve(model, solved):
+                return ir.passes.PassResult(model, modified)
+            modified = True
 
 
 def _without_weights(model: ir.Model) -> onnx.ModelProto:
@@ -63,10 +76,85 @@ def _without_weights(model: ir.Model) -> onnx.ModelProto:
     return proto
 
 
-def _forget_names(info: onnx.ValueInfoProto) -> None:
-    """Take away what may have been written by hand, for nothing to be concluded from it."""
+def _with_solved(model: ir.Model, solved: dict[ir.Value, ir.Shape]) -> onnx.ModelProto:
+    """The model, its solved values made of inputs: inference would invent names for them."""
+    proto = _without_weights(model)
+    if not solved:
+        return proto
+    for info in proto.graph.value_info:
+        _forget_names(info, _INVENTED)  # what they stand for may be known now
+    for node, written in zip(model.graph, proto.graph.node, strict=True):
+        output = node.outputs[0] if node.outputs else None
+        if output is not None and output in solved:
+            given = proto.graph.input.add()
+            ir.serde.serialize_value_into(given, output)
+            given.name = f"{output.name}_given"
+            written.CopyFrom(onnx.helper.make_node("Identity", [given.name], [str(output.name)]))
+    return proto
+
+
+def _solve(model: ir.Model, solved: dict[ir.Value, ir.Shape]) -> bool:
+    """Find shapes that inference leaves open, and give them; whether any is new."""
+    new = False
+    for node in model.graph.all_nodes():
+        output = node.outputs[0] if node.outputs else None
+        if output is None or output.dtype is None or output.is_graph_output():
+            continue
+        if output not in solved:
+            shape = _open_shape(node)
+            if shape is None:
+                continue
+            solved[output] = shape
+            new |= shape != output.shape
+        output.shape = solved[output]
+    return new
+
+
+def _open_shape(node: ir.Node) -> ir.Shape | None:
+    source = node.inputs[0] if node.inputs else None
+    if node.domain != "" or source is None:
+        return None
+    if node.op_type == "Reshape":
+        return _solved(source.shape, node.outputs[0].shape)
+    if node.op_type == "Range":
+        return _counted(node)
+    return None
+
+
+def _counted(node: ir.Node) -> ir.Shape | None:
+    """The shape of a Range up to a size of some value, in steps of 1 from 0."""
+    start, limit, step = node.inputs
+    counter = limit.producer() if limit is not None else None
+    read = facts.dim_read(counter) if counter is not None else None
+    if read is None or facts.scalar(start) != 0 or facts.scalar(step) != 1:
+        return None
+    value, axis = read
+    dims = facts.proved_dims(value)
+    assert dims is not None
+    return ir.Shape([dims[axis]])
+
+
+def _solved(source: ir.Shape | None, shape: ir.Shape | None) -> ir.Shape | None:
+    """`shape` with its one name that `source` has not as a number; None if there is no such."""
+    if source is None or shape is None:
+        return None
+    left = list(shape)
+    for dim in source:
+        if isinstance(dim, ir.SymbolicDim):
+            if dim.value is None or dim not in left:
+                return None
+            left.remove(dim)
+    names = [dim for dim in left if isinstance(dim, ir.SymbolicDim)]
+    known = [math.prod(dim for dim in dims if isinstance(dim, int)) for dims in (source, left)]
+    if len(names) != 1 or not known[1] or known[0] % known[1]:
+        return None
+    return ir.Shape([known[0] // known[1] if dim is names[0] else dim for dim in shape])
+
+
+def _forget_names(info: onnx.ValueInfoProto, prefix: str = "") -> None:
+    """Take away names of sizes, such as were written by hand, for nothing to be concluded."""
     for dim in info.type.tensor_type.shape.dim:
-        if dim.dim_param:
+        if dim.dim_param.startswith(prefix) and dim.dim_param:
             dim.Clear()
 
 

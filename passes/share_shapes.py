@@ -24,7 +24,7 @@ class ShareShapes(ir.passes.InPlacePass):
         shapes: dict[ir.Value, ir.Value] = {}
         modified = False
         for node in list(graph):
-            read = _dim_read(node)
+            read = facts.dim_read(node)
             if read is None:
                 continue
             value, axis = read
@@ -56,20 +56,6 @@ def _named_dims(graph: ir.Graph) -> dict[str | None, tuple[ir.Value, int]]:
                 if dims.count(dim) > 1:
                     twice.add(dim.value)
     return {name: place for name, place in named.items() if name not in twice}
-
-
-def _dim_read(node: ir.Node) -> tuple[ir.Value, int] | None:
-    """The value and the axis whose size a Gather of its shape is."""
-    if (node.domain, node.op_type) != ("", "Gather"):
-        return None
-    shape_of = facts.made_by(node.inputs[0], "Shape")
-    index = facts.constant(node.inputs[1])
-    if shape_of is None or shape_of.attributes or index is None or index.size != 1:
-        return None
-    value, axis = shape_of.inputs[0], int(index.item())
-    if value is None or value.shape is None or not -len(value.shape) <= axis < len(value.shape):
-        return None
-    return value, axis
 
 
 def _shape_of(value: ir.Value, graph: ir.Graph) -> ir.Value:

@@ -218,7 +218,8 @@ def _trial(site: Site) -> tuple[dict[ir.Value, tuple[int, ...]], Mapping[str | N
             continue
         rank = len(dims_of(value))
         lead = {3: roles[1], 4: roles[:2], 5: roles[:2] + roles[1]}[site.rank]
-        roles = (lead + roles[2:])[-rank:]
+        roles = lead + roles[2:]
+        roles = roles[len(roles) - rank :]
         if site.letters.get(name) == "s":
             roles = "".join(roles[axis] for axis in ROWS_FIRST[rank])
         if site.keys_turn:

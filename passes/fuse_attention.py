@@ -9,7 +9,7 @@ import math
 import numpy as np
 import onnx_ir as ir
 
-from fusenorm.ops.attention import Empty
+from fusenorm.ops.attention import Attention, Empty
 from fusenorm.passes import facts
 from fusenorm.passes.attention_site import (
     ROWS_FIRST,
@@ -58,7 +58,7 @@ class FuseAttention(Rule):
     mask in the place of scores where it is not 0, if they are selected.
 
     ## Numerics
-    Sums in f32 in another order; q is scaled before the products, weights are divided by their
+    Sums in f32 in another order; several masks are added up first; q is scaled before the products, weights are divided by their
     sum at the end (arXiv 2205.14135). Values whose weight is 0 by a mask of -1e37 or less may be
     left out, unless one of them, of q or of k is NaN or beyond ±1e15.
 
@@ -160,7 +160,8 @@ class FuseAttentions(RewritePass):
         modified = False
         for graph in model.graphs():
             modified |= _add_masks(graph)
-            modified |= _join_masks(graph)
+            if model.opset_imports.get("", 0) >= Attention.MIN_OPSET:
+                modified |= _join_masks(graph)
         if modified:
             InferShapes()(model)
         return ir.passes.PassResult(model, super().call(model).modified or modified)
@@ -230,6 +231,7 @@ def _read_safe(weights: ir.Value, nodes: list[ir.Node]) -> tuple[ir.Value, Empty
 
 def _read_scores(site: Site, scores: ir.Value) -> ir.Node:
     """The product of q and kᵀ in the scores; takes factors and the mask on the way."""
+    scaled = False
     while True:
         node = scores.producer()
         if not is_inside(scores) or node is None or node.domain != "":
@@ -245,6 +247,7 @@ def _read_scores(site: Site, scores: ir.Value) -> ir.Node:
         if factored is not None:
             scores, factor = factored
             site.scale *= factor
+            scaled |= factor != 1.0
             continue
         if node.op_type == "Tanh":
             if site.softcap is not None or not site.scale:
@@ -253,7 +256,7 @@ def _read_scores(site: Site, scores: ir.Value) -> ir.Node:
             scores = input_of(node)
             continue
         step = _read_step(node)
-        if site.scale != 1.0 or site.softcap is not None:
+        if scaled or site.softcap is not None:
             raise Refused("scaled_mask", node, "the mask is scaled or bent with the scores")
         if site.select or (site.steps and step.kind != site.steps[0].kind):
             raise Refused("mask_select", node, "numbers are selected and a mask is added")
@@ -527,6 +530,8 @@ def _join_masks(graph: ir.Graph) -> bool:
         except Refused:
             continue
         join(site.steps, made)
+    if made:
+        graph.sort()  # a mask may be made behind another reader of it
     return bool(made)
 
 

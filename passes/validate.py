@@ -61,13 +61,20 @@ class Operand:
             return np.ldexp(rng.normal(1.0, 0.5, self.shape), self.exponent)
         if self.layout in ("heads", "sequence", "table", "cache", "panels"):
             return rng.normal(size=self.shape)
-        if self.layout == "scores":  # a mask, one row of it without any weight
-            mask = rng.normal(size=self.shape)
+        if self.layout == "scores":  # a mask: the last number counts, the first of several rows not
+            mask = np.asarray(rng.normal(size=self.shape))
             mask[rng.random(self.shape) < 0.3] = 0.0
             mask[rng.random(self.shape) < 0.3] = -np.inf
-            mask[(0,) * (mask.ndim - 1)] = -np.inf
+            mask[(-1,) * mask.ndim] = 0.5
+            if not self.one_mask:
+                mask[(0,) * (mask.ndim - 1)] = -np.inf
             return mask
         return hard_rows(rng, self.shape)
+
+    @property
+    def one_mask(self) -> bool:
+        """Whether it is a mask with one row for all."""
+        return self.layout == "scores" and math.prod(self.shape[:-1]) == 1
 
     def type(self, kind: DType) -> DType:
         """Its type in an evaluation in `kind`."""
@@ -138,7 +145,9 @@ class Claim:
             drawn = layout in ("row", "packed") or (layout == "panels" and not made_up)
             known = None if drawn else facts.constant(value)
             if known is None:
-                shape = rewrite.shapes.get(value) or _shape(value, layout, rewrite.merged)
+                shape = rewrite.shapes.get(value)
+                if shape is None:
+                    shape = _shape(value, layout, rewrite.merged)
                 exponent = 0
             elif layout == "vector" and not made_up:
                 shape, exponent = known.shape, _magnitude(known)
@@ -221,12 +230,17 @@ def find_flaw(claim: Claim, seed: int = 0) -> str | None:
         else operand.draw(rng)
         for operand in claim.operands
     }
+    nothing = {
+        operand: np.full(operand.shape, -np.inf)
+        for operand in claim.operands
+        if operand.one_mask and operand.exponent is not None
+    }
     dtype = claim.spec.inputs[0].dtype
     kinds: list[DType] = ["f64"] if dtype == "f32" else ["f64", dtype]
-    for kind in kinds:
+    for kind, masks in itertools.product(kinds, [{}, nothing] if nothing else [{}]):
         feeds = {
             operand.name: array.astype(DTYPES[operand.type(kind)].numpy)
-            for operand, array in rows.items()
+            for operand, array in (rows | masks).items()
         }
         try:
             source = _run_source(claim, feeds, kind)

@@ -14,6 +14,7 @@ from fusenorm.kernels.registers import KEYS
 from fusenorm.lower import Target, build_library
 from fusenorm.lower.library import compile_module
 from fusenorm.ops import Attention
+from tests.guarded import guarded
 from tests.ops.test_attention_op import ATTRIBUTES, model
 
 pytestmark = pytest.mark.kernel
@@ -280,6 +281,24 @@ def test_masks_broadcast(shape: tuple[int, ...], library: Path) -> None:
         options.register_custom_ops_library(str(library))
         session = ort.InferenceSession(proto.SerializeToString(), options)
         check(SPECS[name], feeds, np.asarray(session.run(None, feeds)[0]))
+
+
+@pytest.mark.parametrize("name", MASKED)
+@pytest.mark.parametrize("rows", [5, 40])
+def test_nothing_past_the_operands_is_read(name: str, rows: int, library: Path) -> None:
+    spec, keys = SPECS[name], KEYS + 3
+    for shape in ((1, 1, 1, 1), (1, 1, rows, 1), (1, 1, 1, keys), (1, 2, rows, keys)):
+        feeds = operands(spec, rows=rows, keys=keys, inner=8, columns=8)
+        feeds["mask"] = np.zeros(shape, np.float32)
+        options = ort.SessionOptions()
+        options.register_custom_ops_library(str(library))
+        session = ort.InferenceSession(model(spec, 18, SCALE).SerializeToString(), options)
+        binding = session.io_binding()
+        for key, array in feeds.items():
+            binding.bind_cpu_input(key, guarded(array))
+        binding.bind_output("y")
+        session.run_with_iobinding(binding)
+        check(spec, feeds, binding.copy_outputs_to_cpu()[0])
 
 
 def _value(name: str, rank: int) -> onnx.ValueInfoProto:

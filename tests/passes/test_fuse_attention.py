@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import itertools
 import re
 
@@ -848,3 +849,49 @@ def test_a_proof_catches_what_is_read_wrong(monkeypatch: pytest.MonkeyPatch) -> 
         facts, "scalar", lambda value: 0.0 if scalar(value) == 1.0 else scalar(value)
     )
     assert fuse(graph(body))[1:] == ([], {"check_failed"})
+
+
+@pytest.mark.parametrize("mask", ["", "t", "1,1,1,t", "1,1,1,1", "s,1", "s,t"])
+@pytest.mark.parametrize("wrong", ["empty", "mask"])
+def test_a_proof_with_any_mask_catches_what_is_read_wrong(
+    mask: str, wrong: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = HEADS.replace("b,1,s,t", mask) if mask else HEADS.replace("float[b,1,s,t]", "float")
+    proto = graph(SCORES + "a = Add (e, m)\n" + SAFE, inputs)
+    assert fuse(proto)[1:] == (["Attention_hhhh_mask_safe"], set())
+    original = FuseAttention.propose
+
+    def propose(self: FuseAttention, root: ir.Node) -> Rewrite | Miss | None:
+        found = original(self, root)
+        if not isinstance(found, Rewrite):
+            return found
+        changed = {"empty": "nan"} if wrong == "empty" else {"select": True}
+        return dataclasses.replace(found, spec=dataclasses.replace(found.spec, **changed))
+
+    monkeypatch.setattr(FuseAttention, "propose", propose)
+    assert fuse(proto)[1:] == ([], {"check_failed"})
+
+
+@pytest.mark.parametrize("opset", [11, 12])
+def test_masks_are_joined_only_where_attention_may_fuse(opset: int) -> None:
+    body = SCORES + "a = Where (m1, e, low)\n" + TAIL.replace("(a)", "<axis = -1> (a)")
+    after, fused, _ = fuse(graph(body, CONDITIONS, opset=opset, low=np.float32(-1e9)))
+    assert fused == []
+    assert sum(node.op_type == "Where" for node in after.graph.node) == 1
+
+
+def test_masks_shared_by_layers_in_another_order() -> None:
+    """The layer visited first reads the mask behind the other one."""
+    body = KEYS + "b0 = MatMul (q2, kt)\n b1 = Where (m1, b0, low)\n a0 = MatMul (q, kt)\n"
+    body += "a1 = Where (m1, a0, low)\n a2 = Softmax (a1)\n y = MatMul (a2, v)\n"
+    body += "b2 = Softmax (b1)\n u = MatMul (b2, v)"
+    inputs = CONDITIONS + ", float[b,6,s,4] q2"
+    proto = graph(body, inputs, OUT + ", float[b,6,s,4] u", low=np.float32(-1e9))
+    work = fusenorm.optimize(proto).model
+    FuseAttentions(budget=[0])(work)
+    verify_graph(work, "fuse_attention", ["y", "u"])
+
+
+def test_factors_behind_a_mask_that_cancel_out_are_factors() -> None:
+    body = SCORES + "f = Add (e, m)\n g = Mul (f, c)\n a = Div (g, c)\n" + TAIL
+    assert fuse(graph(body))[1:] == ([], {"scaled_mask"})

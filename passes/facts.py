@@ -484,7 +484,9 @@ def _taken(value: ir.Value, size: int) -> _Taken | None:
     if len(bounds) < 3 or any(bound is None or bound.size != 1 for bound in bounds):
         return None
     start, end, axis, *steps = (int(bound.item()) for bound in bounds)  # type: ignore[union-attr]
-    places = tuple(range(size)[slice(start, end, steps[0] if steps else 1)])
+    if steps and steps[0] < 1:  # runtimes clamp bounds in their own ways
+        return None
+    places = tuple(range(size)[slice(start, end, *steps)])
     return _Taken(source, axis, places)
 
 

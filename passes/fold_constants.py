@@ -51,6 +51,8 @@ class FoldConstants(ir.passes.InPlacePass):
     def _fold(self, node: ir.Node, opset: int) -> np.ndarray | None:
         if node.domain != "" or node.outputs[0].is_graph_output():
             return None
+        if node.op_type == "Slice" and not _slices_forwards(node):
+            return None  # runtimes clamp bounds in their own ways
         if node.op_type in ("Gather", "Slice"):
             known = _picked_dims(node)
             if known is not None:
@@ -77,6 +79,12 @@ class FoldConstants(ir.passes.InPlacePass):
         if node.op_type == "Cast" and not _same_by_way_of_f32(arrays[0], result):
             return None
         return result if result.size <= self.limit else None
+
+
+def _slices_forwards(node: ir.Node) -> bool:
+    steps = node.inputs[4] if len(node.inputs) > 4 else None
+    array = facts.constant(steps)
+    return steps is None or (array is not None and bool(np.all(array > 0)))
 
 
 def _castable(node: ir.Node) -> bool:

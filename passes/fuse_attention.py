@@ -58,9 +58,9 @@ class FuseAttention(Rule):
     mask in the place of scores where it is not 0, if they are selected.
 
     ## Numerics
-    Sums in f32 in another order; several masks are added up first; q is scaled before the products, weights are divided by their
-    sum at the end (arXiv 2205.14135). Values whose weight is 0 by a mask of -1e37 or less may be
-    left out, unless one of them, of q or of k is NaN or beyond ±1e15.
+    Sums in f32 in another order; several masks are added up first; q is scaled before the products,
+    weights are divided by their sum at the end (arXiv 2205.14135). Values whose weight is 0 by a
+    mask of -1e37 or less may be left out, unless one of them, of q or of k is NaN or beyond ±1e15.
 
     ## Refuses
     `shared`: the scores or weights have other readers. `keys`: kᵀ is no transpose. `softcap`,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 
@@ -15,7 +16,14 @@ _NO_TENSOR = re.compile("Sequence|Optional")
 # Larger constants are not shapes, and inference copies the model.
 _SHAPE_BYTES = 1000
 _INVENTED = "unk__"  # names of sizes that ONNX makes up
-_FAILURES = (RuntimeError, ValueError, google.protobuf.message.Error)
+_SOLVED = "fusenorm.solved"  # the shape of a value that inference leaves open
+_ROUNDS = 4
+_FAILURES = (
+    RuntimeError,
+    ValueError,
+    google.protobuf.message.Error,
+    onnx.shape_inference.InferenceError,
+)
 
 
 class InferShapes(ir.passes.InPlacePass):
@@ -23,7 +31,8 @@ class InferShapes(ir.passes.InPlacePass):
 
     It leaves a size open that a Reshape infers from its input (-1): where all others are the same
     on both sides, it is what is left of the known ones. And it leaves open how far a Range counts
-    to a size. Inference goes on with what is found.
+    to a size. Inference goes on with what is found, but not in a model with bodies: what is known
+    there might contradict a branch that is never taken, which onnxruntime refuses.
     Initializers that a caller may override are unknown to it. A model that holds sequences or
     optionals keeps the types it came with.
     """
@@ -33,19 +42,41 @@ class InferShapes(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         if any(_NO_TENSOR.search(node.op_type) for node in model.graph.all_nodes()):
             return ir.passes.PassResult(model, False)
-        types, solved = _Types(), dict[ir.Value, ir.Shape]()
-        modified = _solve(model, solved)
-        while True:
+        modified, types = False, _Types()
+        solves = not any(True for node in model.graph for _ in facts.bodies(node))
+        for _ in range(_ROUNDS):
             try:
-                inferred = onnx.shape_inference.infer_shapes(
-                    _with_solved(model, solved), data_prop=True
-                )
+                inferred = onnx.shape_inference.infer_shapes(_proto(model), data_prop=True)
             except _FAILURES:
                 return ir.passes.PassResult(model, modified)
             modified |= types.give(model.graph, inferred.graph)
-            if not _solve(model, solved):
-                return ir.passes.PassResult(model, modified)
+            if not solves or not _solve(model.graph):
+                break
             modified = True
+        return ir.passes.PassResult(model, modified)
+
+
+def _proto(model: ir.Model) -> onnx.ModelProto:
+    """The model for inference, solved values made of inputs: it would invent names for them."""
+    proto = _without_weights(model)
+    solved = [node for node in model.graph if node.outputs and _SOLVED in node.outputs[0].meta]
+    if not solved:
+        return proto
+    for info in proto.graph.value_info:
+        _forget_names(info, _INVENTED)  # what they stand for may be known now
+    taken = {info.name for info in (*proto.graph.input, *proto.graph.initializer)}
+    taken.update(name for node in proto.graph.node for name in node.output)
+    places = {node: index for index, node in enumerate(model.graph)}
+    for node in solved:
+        output = node.outputs[0]
+        given = proto.graph.input.add()
+        ir.serde.serialize_value_into(given, output)
+        numbered = (f"{output.name}_given_{count}" for count in itertools.count())
+        given.name = next(name for name in numbered if name not in taken)
+        taken.add(given.name)
+        identity = onnx.helper.make_node("Identity", [given.name], [str(output.name)])
+        proto.graph.node[places[node]].CopyFrom(identity)
+    return proto
 
 
 def _without_weights(model: ir.Model) -> onnx.ModelProto:
@@ -76,49 +107,44 @@ def _without_weights(model: ir.Model) -> onnx.ModelProto:
     return proto
 
 
-def _with_solved(model: ir.Model, solved: dict[ir.Value, ir.Shape]) -> onnx.ModelProto:
-    """The model, its solved values made of inputs: inference would invent names for them."""
-    proto = _without_weights(model)
-    if not solved:
-        return proto
-    for info in proto.graph.value_info:
-        _forget_names(info, _INVENTED)  # what they stand for may be known now
-    for node, written in zip(model.graph, proto.graph.node, strict=True):
-        output = node.outputs[0] if node.outputs else None
-        if output is not None and output in solved:
-            given = proto.graph.input.add()
-            ir.serde.serialize_value_into(given, output)
-            given.name = f"{output.name}_given"
-            written.CopyFrom(onnx.helper.make_node("Identity", [given.name], [str(output.name)]))
-    return proto
-
-
-def _solve(model: ir.Model, solved: dict[ir.Value, ir.Shape]) -> bool:
-    """Find shapes that inference leaves open, and give them; whether any is new."""
-    new = False
-    for node in model.graph.all_nodes():
+def _solve(graph: ir.Graph) -> bool:
+    """Give values shapes that inference left open; whether there was any such."""
+    found = False
+    for node in graph:
         output = node.outputs[0] if node.outputs else None
         if output is None or output.dtype is None or output.is_graph_output():
             continue
-        if output not in solved:
-            shape = _open_shape(node)
-            if shape is None:
-                continue
-            solved[output] = shape
-            new |= shape != output.shape
-        output.shape = solved[output]
-    return new
+        shape = output.meta.get(_SOLVED) or _open_shape(node)
+        if shape is not None:
+            found |= _SOLVED not in output.meta
+            output.shape = output.meta[_SOLVED] = shape
+    return found
 
 
 def _open_shape(node: ir.Node) -> ir.Shape | None:
     source = node.inputs[0] if node.inputs else None
     if node.domain != "" or source is None:
         return None
-    if node.op_type == "Reshape":
-        return _solved(source.shape, node.outputs[0].shape)
-    if node.op_type == "Range":
-        return _counted(node)
-    return None
+    if node.op_type == "Reshape" and len(node.inputs) > 1:
+        axis = _open_axis(node.inputs[1])
+        return None if axis is None else _solved(source.shape, node.outputs[0].shape, axis)
+    return _counted(node) if node.op_type == "Range" else None
+
+
+def _open_axis(target: ir.Value | None) -> int | None:
+    """Where the one -1 is in a shape: a constant, or a Concat of sizes and constants."""
+    joined = facts.made_by(target, "Concat")
+    parts = [target] if joined is None else list(joined.inputs)
+    entries: list[int | None] = []
+    for part in parts:
+        array = facts.constant(part)
+        if array is not None:
+            entries += [int(size) for size in array.flat]
+        elif joined is not None and part is not None and part.shape == ir.Shape([1]):
+            entries.append(None)
+        else:
+            return None
+    return entries.index(-1) if entries.count(-1) == 1 else None
 
 
 def _counted(node: ir.Node) -> ir.Shape | None:
@@ -134,21 +160,26 @@ def _counted(node: ir.Node) -> ir.Shape | None:
     return ir.Shape([dims[axis]])
 
 
-def _solved(source: ir.Shape | None, shape: ir.Shape | None) -> ir.Shape | None:
-    """`shape` with its one name that `source` has not as a number; None if there is no such."""
-    if source is None or shape is None:
+def _solved(source: ir.Shape | None, shape: ir.Shape | None, axis: int) -> ir.Shape | None:
+    """`shape` with the size of `axis`, a name so far, if the other names are those of `source`."""
+    if source is None or shape is None or axis >= len(shape) or isinstance(shape[axis], int):
         return None
-    left = list(shape)
+    left = [dim for place, dim in enumerate(shape) if place != axis]
     for dim in source:
         if isinstance(dim, ir.SymbolicDim):
             if dim.value is None or dim not in left:
                 return None
             left.remove(dim)
-    names = [dim for dim in left if isinstance(dim, ir.SymbolicDim)]
-    known = [math.prod(dim for dim in dims if isinstance(dim, int)) for dims in (source, left)]
-    if len(names) != 1 or not known[1] or known[0] % known[1]:
+    if not all(isinstance(dim, int) for dim in left):
         return None
-    return ir.Shape([known[0] // known[1] if dim is names[0] else dim for dim in shape])
+    before, after = (
+        math.prod(dim for dim in dims if isinstance(dim, int)) for dims in (source, left)
+    )
+    if not after or before % after:
+        return None
+    dims = list(shape)
+    dims[axis] = before // after
+    return ir.Shape(dims)
 
 
 def _forget_names(info: onnx.ValueInfoProto, prefix: str = "") -> None:

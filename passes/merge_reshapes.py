@@ -18,6 +18,8 @@ class MergeReshapes(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         modified = False
+        if model.opset_imports.get("", 0) < facts.OLDEST_OPSET:
+            return ir.passes.PassResult(model, False)
         for graph in model.graphs():
             for node in graph:
                 if (node.domain, node.op_type) != ("", "Reshape"):

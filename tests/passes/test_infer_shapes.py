@@ -208,6 +208,7 @@ def test_values_of_bodies_are_learned_too() -> None:
     assert not InferShapes()(model).modified
 
 
+GIVEN = X + ", int64[1] given, int64[3] given3"
 SIZES = """h = Shape(x)\nb = Gather(h, zero)\ns = Gather(h, one)\nbu = Unsqueeze(b, first)
 su = Unsqueeze(s, first)\n"""
 NUMBERS = {
@@ -237,6 +238,9 @@ NUMBERS = {
             "[b,2,4]",
         ),
         ("t = Concat<axis = 0>(bu, su, open, three)\ny = Reshape(x, t)", X, None),
+        # a size that is no -1 need not be what is left where another one is 0
+        ("t = Concat<axis = 0>(bu, su, given, four)\ny = Reshape(x, t)", GIVEN, None),
+        ("y = Reshape(x, given3)", GIVEN, None),
         ("t = Concat<axis = 0>(bu, open, four)\ny = Reshape(x, t)", X, None),
         ("t = Concat<axis = 0>(bu, open, su)\ny = Reshape(x, t)", "float[b,s,d] x", None),
         ("t = Concat<axis = 0>(bu, bu, open)\ny = Reshape(x, t)", X, None),
@@ -257,3 +261,62 @@ def test_sizes_inference_leaves_open(body: str, inputs: str, shape: str | None) 
     found = str(z.shape)  # type: ignore[union-attr]
     assert found == shape if shape is not None else "unk__" in found
     assert not InferShapes()(model).modified
+
+
+SPLIT = SIZES + "t = Concat<axis = 0>(bu, su, open, four)\nr = Reshape(x, t)\n"
+
+
+def split(rest: str, inputs: str = X) -> ir.Model:
+    used = {name: array for name, array in NUMBERS.items() if name in SPLIT + rest}
+    return parsed(SPLIT + rest, inputs, constants=used)
+
+
+def test_nothing_is_solved_beside_bodies() -> None:
+    """onnxruntime refuses a branch that contradicts sizes, though it is never taken."""
+    branches = "yes () => (float[] p) { p = Squeeze(r, two1) }, else_branch = no () => (float[] q) "
+    body = f"y = If (go) <then_branch = {branches} {{ q = Identity(r) }}>"
+    model = split(body, X + ", bool go, int64[1] two1")
+    InferShapes()(model)
+    (reshape,) = (node for node in model.graph if node.op_type == "Reshape")
+    assert "unk__" in str(reshape.outputs[0].shape)
+
+
+def test_names_made_up_for_solved_values_are_free() -> None:
+    inputs = X + ", float[k,5] r_given_0, float[2] r_given_1"
+    model = split("v = Transpose<perm = [1, 0, 2, 3]>(r)\ny = Neg(v)", inputs)
+    assert InferShapes()(model).modified
+    assert [str(value.shape) for value in model.graph.inputs] == ["[b,s,8]", "[k,5]", "[2]"]
+    assert str(model.graph[-1].inputs[0].shape) == "[s,b,2,4]"  # type: ignore[union-attr]
+
+
+def test_rounds_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = ["r0 = Identity(x)"]
+    for layer in range(30):
+        lines.append(f"h{layer} = Shape(r{layer})")
+        for axis, name in enumerate(("zero", "one")):
+            lines.append(f"g{layer}{axis} = Gather(h{layer}, {name})")
+            lines.append(f"u{layer}{axis} = Unsqueeze(g{layer}{axis}, first)")
+        lines.append(f"t{layer} = Concat<axis = 0>(u{layer}0, u{layer}1, open, four)")
+        lines.append(f"s{layer} = Reshape(r{layer}, t{layer})")
+        lines.append(f"w{layer} = Concat<axis = 0>(u{layer}0, u{layer}1, open)")
+        lines.append(f"r{layer + 1} = Reshape(s{layer}, w{layer})")
+    body = "\n".join([*lines, "y = Neg(r30)"])
+    used = {name: array for name, array in NUMBERS.items() if name in body}
+    calls = []
+    infer = onnx.shape_inference.infer_shapes
+
+    def counted(*given: object, **options: object) -> onnx.ModelProto:
+        calls.append(given)
+        return infer(*given, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(onnx.shape_inference, "infer_shapes", counted)
+    InferShapes()(parsed(body, constants=used))
+    assert 1 < len(calls) <= 4
+
+
+def test_what_inference_cannot_handle_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*given: object, **options: object) -> onnx.ModelProto:
+        raise onnx.shape_inference.InferenceError("no")
+
+    monkeypatch.setattr(onnx.shape_inference, "infer_shapes", fail)
+    assert not InferShapes()(parsed("y = Neg(x)")).modified

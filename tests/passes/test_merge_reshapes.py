@@ -61,3 +61,10 @@ def test_a_reshape_outside_a_body_stays() -> None:
     assert node is not None
     assert isinstance(node.graph, ir.Graph)
     assert not MergeReshapes()(ir.Model(node.graph, ir_version=8)).modified
+
+
+def test_opsets_in_which_a_shape_is_an_attribute_stay() -> None:
+    node = ir.node("Reshape", [ir.val("x")], attributes={"shape": [4]})
+    again = ir.node("Reshape", [node.outputs[0]], attributes={"shape": [2, 2]})
+    graph = ir.Graph([node.inputs[0]], again.outputs, nodes=[node, again], opset_imports={"": 1})  # type: ignore[list-item]
+    assert not MergeReshapes()(ir.Model(graph, ir_version=3)).modified

@@ -21,7 +21,7 @@ from fusenorm.ops import Gated, Norm
 SPECS = (Norm(skip=True), Norm(dtype="f16", scale="f16"), Gated("gelu"), Gated("swish", "gate_up"))
 LIBC = {
     *("calloc", "malloc", "free", "memcpy", "memset", "snprintf", "strchr", "strcmp", "strtol"),
-    *("clock", "time"),
+    *("clock", "sysconf", "time"),
 }
 
 

@@ -22,7 +22,7 @@ import onnxruntime as ort
 from fusenorm.bench import measure
 from fusenorm.lower import Target, build_library
 from fusenorm.ops import DOMAIN, Attention
-from tests.bench.linear import FLOPS, PEAK, limits
+from tests.bench.linear import FLOPS, PEAK, limits, opened
 
 MASKS = ("none", "causal", "bias")
 SIDES = ("ours", "onnxruntime")
@@ -35,15 +35,7 @@ def session(spec: Attention, width: int, library: Path | None) -> ort.InferenceS
     node = onnx.helper.make_node(spec.op_type, names, ["y"], domain=DOMAIN, scale=width**-0.5)
     values = [onnx.helper.make_tensor_value_info(name, 1, [None] * 4) for name in (*names, "y")]
     graph = onnx.helper.make_graph([node], "attention", values[:-1], values[-1:])
-    opsets = [onnx.helper.make_opsetid("", 18), onnx.helper.make_opsetid(DOMAIN, 1)]
-    model = onnx.helper.make_model(
-        graph, functions=[spec.function(18)], opset_imports=opsets, ir_version=8
-    )
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = 1
-    if library is not None:
-        options.register_custom_ops_library(str(library))
-    return ort.InferenceSession(model.SerializeToString(), options)
+    return opened(graph, spec, library)
 
 
 def repeat(running: ort.InferenceSession, binding: ort.IOBinding, runs: int) -> None:

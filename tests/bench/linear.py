@@ -27,7 +27,7 @@ from fusenorm.kernels import cpu
 from fusenorm.kernels.mathfn import Lanes
 from fusenorm.kernels.rows import function
 from fusenorm.lower import Target, build_library
-from fusenorm.ops import DOMAIN, DTYPES, DType, Linear
+from fusenorm.ops import DOMAIN, DTYPES, DType, Linear, OpSpec
 from fusenorm.ops.linear import pack
 from fusenorm.runtime.direct import open_library
 
@@ -109,6 +109,11 @@ def session(weights: Mapping[str, np.ndarray], library: Path | None) -> ort.Infe
             for name, array in weights.items()
         ],
     )
+    return opened(graph, spec, library)
+
+
+def opened(graph: onnx.GraphProto, spec: OpSpec, library: Path | None) -> ort.InferenceSession:
+    """A graph with ops of `spec` on one thread: their kernels with a library, else their bodies."""
     opsets = [onnx.helper.make_opsetid("", 18), onnx.helper.make_opsetid(DOMAIN, 1)]
     model = onnx.helper.make_model(
         graph, functions=[spec.function(18)], opset_imports=opsets, ir_version=8

@@ -144,7 +144,7 @@ def _open_axis(target: ir.Value | None) -> int | None:
             entries.append(None)
         else:
             return None
-    return entries.index(-1) if entries.count(-1) == 1 else None
+    return entries.index(-1) if -1 in entries else None
 
 
 def _counted(node: ir.Node) -> ir.Shape | None:

@@ -110,6 +110,7 @@ def test_one_head_without_a_batch_for_all() -> None:
         (5, "ssss", "", "t,2,1,", "t,1,1,", "rank"),
         (5, "ssss", "", "1,5] v", "1,e] v", "rank"),
         (5, "ssss", "", "8]", "e]", "rank"),
+        (5, "ssss", "", "8]", "0]", "rank"),
         # masks that differ between them
         (5, "ssss", "3,s,t", "", "", "rank"),
         (5, "ssss", "2,1,s,t", "", "", "rank"),
@@ -129,18 +130,25 @@ def test_refused(rank: int, letters: str, mask: str, old: str, new: str, found: 
     assert proposed(FuseAttention(), body, inputs, constants=NUMBERS) == found
 
 
-@pytest.mark.parametrize("table", ["1,s,8", "1,1,s,8", "b,1,s,8", "2,1,s,8"])
-def test_tables_of_heads_in_groups(table: str) -> None:
-    body, inputs, _ = written(5, "ssss", turn=True)
+@pytest.mark.parametrize(
+    ("rank", "table", "found"),
+    [
+        *((5, table, "ssss_grouped_rotary_qk") for table in ("1,s,8", "1,1,s,8")),
+        *((5, table, "") for table in ("b,1,s,8", "2,1,s,8")),
+        *((3, table, "ssss_rotary_qk") for table in ("8", "1,s,8")),
+        (3, "h,s,8", "hhss"),
+    ],
+)
+def test_tables_of_other_ranks(rank: int, table: str, found: str) -> None:
+    body, inputs, _ = written(rank, "ssss", turn=True)
     inputs = inputs.replace("float[s,8]", f"float[{table}]")
-    turns = table.startswith("1")
-    found = proposed(FuseAttention(), body, inputs, constants=NUMBERS)
-    assert found == ("Attention_ssss_grouped_rotary_qk" if turns else "rank")
+    kind = proposed(FuseAttention(), body, inputs, constants=NUMBERS)
+    assert kind == (f"Attention_{found}" if found else "rank")
 
 
-@pytest.mark.parametrize(("table", "turns"), [("8", True), ("1,s,8", True), ("h,s,8", False)])
-def test_tables_without_a_batch(table: str, turns: bool) -> None:
-    body, inputs, _ = written(3, "ssss", turn=True)
-    inputs = inputs.replace("float[s,8]", f"float[{table}]")
-    found = proposed(FuseAttention(), body, inputs, constants=NUMBERS)
-    assert found == ("Attention_ssss_rotary_qk" if turns else "Attention_hhss")
+def test_the_standard_rotary_embedding_of_three_axes_counts_heads_otherwise() -> None:
+    body, inputs, _ = written(3, "hhhh")
+    body = "qt = RotaryEmbedding <num_heads = 1> (q, cos, sin)\n" + body.replace("(q,", "(qt,")
+    inputs += ", float[s,4] cos, float[s,4] sin"
+    found = proposed(FuseAttention(), body, inputs, constants=NUMBERS, opset=23)
+    assert found == "Attention_hhhh"

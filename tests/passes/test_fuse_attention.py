@@ -275,6 +275,8 @@ NUMBERS = {
         *(("mask_select", f"zero = Equal (m, {of})\n" + WRITTEN + f"b = Where ({chosen})\n"
            + TAIL.replace("(a)", "(b)"), HEADS)
           for of, chosen in (("one", "zero, a, m"), ("q", "zero, a, m"), ("z", "zero, m, a"))),
+        ("mask_select", "zero = Equal (m, z)\n" + WRITTEN + "b = Where (zero, a, m)\n"
+         "f = Where (zero, b, m)\n" + TAIL.replace("(a)", "(f)"), HEADS),
         ("two_masks", WRITTEN + "b = Where (mb, a, low)\n" + TAIL.replace("(a)", "(b)"), HEADS),
         ("two_masks", WRITTEN + "b = Where (mb, low, a)\n" + TAIL.replace("(a)", "(b)"), HEADS),
         *(("mask_select", WRITTEN + f"b = Where (mb, a, {number})\n" + TAIL.replace("(a)", "(b)"),

@@ -299,7 +299,8 @@ def test_rounds_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
         lines.append(f"t{layer} = Concat<axis = 0>(u{layer}0, u{layer}1, open, four)")
         lines.append(f"s{layer} = Reshape(r{layer}, t{layer})")
         lines.append(f"w{layer} = Concat<axis = 0>(u{layer}0, u{layer}1, open)")
-        lines.append(f"r{layer + 1} = Reshape(s{layer}, w{layer})")
+        lines.append(f"v{layer} = Relu(s{layer})")  # whose size is known a round later
+        lines.append(f"r{layer + 1} = Reshape(v{layer}, w{layer})")
     body = "\n".join([*lines, "y = Neg(r30)"])
     used = {name: array for name, array in NUMBERS.items() if name in body}
     calls = []

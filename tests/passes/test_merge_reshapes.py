@@ -18,6 +18,8 @@ CONSTANTS = {
     "last": np.array([6, -1, 0, 4]),
     "far": np.array([0, 0, 0, 0, 4]),
     "whole": np.array([-1]),
+    "column": np.array([0, 0, 24, 1]),
+    "same": np.array([0, 0, 0, 0]),
 }
 
 
@@ -36,6 +38,7 @@ CONSTANTS = {
         ("f = Reshape (x, five)\n y = Reshape (f, four)", KNOWN.replace("b,s,2", "?,?,2"), "f"),
         ("f = Reshape (x, five)\n y = Reshape (f, last)", KNOWN, "f"),
         ("f = Reshape (x, five)\n y = Reshape (f, far)", KNOWN, "f"),
+        ("f = Reshape (x, column)\n y = Reshape (f, same)", "float[b,s,24,1] f", "f"),
         # no Reshapes
         ("f = Neg (x)\n y = Reshape (f, four)", "", "f"),
         ("f = other.Reshape (x, five)\n y = Reshape (f, four)", KNOWN, "f"),

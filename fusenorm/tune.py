@@ -152,7 +152,7 @@ def _model(spec: Linear, problem: Problem) -> onnx.ModelProto:
         if slot.layout == "panels":
             shapes[slot.name] = panels = next(weights)
         elif slot.layout == "vector":  # behind its weight
-            shapes[slot.name] = (panels[0] * PANEL // spec.parts,)
+            shapes[slot.name] = (panels[0] * PANEL // spec.parts - spec.ragged,)
     copies = 1 + BYTES // (sum(map(math.prod, problem.panels)) * dtype.numpy.itemsize)
     info = onnx.helper.make_tensor_value_info
     nodes, held, outputs = [], [], []

@@ -25,8 +25,9 @@ class ConcatLinearMaps(RewritePass):
 
     ## What it matches
     Two or more Linear ops of one x, without activation, of one type and all with a bias or all
-    without, whatever their widths. More than three become several ops, dealt out evenly. Also one
-    such op whose columns a Split deals out to two or three tensors of whole panels.
+    without, as wide as they like in whole panels. More than three become several ops, dealt out
+    evenly. Also one such op whose columns a Split deals out to two or three tensors of whole
+    panels.
 
     ## Formula
     y_i = x·W_i + b_i, an output each; the weights stay as they are packed, or are cut up so.
@@ -72,7 +73,9 @@ def _proposals(graph: ir.Graph) -> Iterator[Rewrite | Miss]:
             if spec.plain and len(nodes) > 1:
                 yield from (_side_by_side(x, spec, part) for part in _dealt_out(nodes))
             elif count > 1:
-                detail = f"the {count} maps of {x.name} end differently, or in an activation"
+                detail = (
+                    f"the {count} maps of {x.name} end differently, in an activation or a panel"
+                )
                 for node in nodes:
                     yield Miss((node,), Refusal("unlike", node_name(node), detail))
 

@@ -223,9 +223,13 @@ def _with_affine(node: ir.Node, scale: np.ndarray | None, bias: np.ndarray | Non
         sums = np.stack([bias @ panel.astype(np.float64) for panel in stored.numpy()])
         parts = (sums[0::2], sums[1::2]) if spec.gated else (sums,)
         known = [facts.constant(value) for value in biases] or [np.zeros(())] * len(parts)
+        columns = facts.last_dim(biases[0]) if spec.ragged else None
+        totals = (
+            before + added.ravel()[:columns] for before, added in zip(known, parts, strict=True)
+        )
         biases = [
-            _vector(f"{node.outputs[0].name}_shift_{part}", before + added.ravel(), stored)
-            for part, (before, added) in enumerate(zip(known, parts, strict=True))
+            _vector(f"{node.outputs[0].name}_shift_{part}", total, stored)
+            for part, total in enumerate(totals)
         ]
     return Rewrite(
         rule=node.metadata_props.get(RULE_KEY, RULE),

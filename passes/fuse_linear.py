@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping
 
 import numpy as np
@@ -33,6 +34,7 @@ class _Map:
         bias: [N], if there is one.
         nodes: what computes it.
         computed: shapes that Reshapes among them are given, in a check.
+        part: the columns of W and b that are meant.
     """
 
     x: ir.Value
@@ -41,19 +43,44 @@ class _Map:
     bias: ir.Value | None
     nodes: tuple[ir.Node, ...]
     computed: Mapping[ir.Value, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    part: slice = dataclasses.field(default_factory=lambda: slice(None))
 
     @property
     def shape(self) -> tuple[int, int]:
         """K, N."""
         assert self.weight.shape is not None
         inner, columns = (int(size) for size in self.weight.shape)  # type: ignore[arg-type]
-        return (columns, inner) if self.transposed else (inner, columns)
+        if self.transposed:
+            inner, columns = columns, inner
+        return inner, len(range(columns)[self.part])
+
+    @property
+    def ragged(self) -> bool:
+        """Whether its columns leave a panel unfilled."""
+        return self.shape[1] % PANEL > 0
+
+    def cut(self, part: slice, name: str) -> _Map:
+        """The map to some of its columns; `name` ends that of its bias."""
+        bias = self.bias
+        if bias is not None:
+            assert bias.const_value is not None
+            array = np.ascontiguousarray(bias.const_value.numpy().ravel()[part])
+            bias = ir.val(f"{bias.name}_{name}", const_value=ir.tensor(array))
+        return dataclasses.replace(self, bias=bias, part=part)
+
+    def given_bias(self) -> ir.Value | None:
+        """What the op adds: if ragged always something, which tells how many columns there are."""
+        if self.bias is not None or not self.ragged:
+            return self.bias
+        assert self.weight.dtype is not None
+        nothing = np.full(self.shape[1], -0.0, self.weight.dtype.numpy())  # keeps the sign of 0
+        return ir.val(f"{self.weight.name}_no_bias", const_value=ir.tensor(nothing))
 
     def matrix(self) -> np.ndarray:
         """W as [K, N]."""
         assert self.weight.const_value is not None
         array = self.weight.const_value.numpy()
-        return array.T if self.transposed else array
+        return (array.T if self.transposed else array)[:, self.part]
 
 
 def _read_map(
@@ -132,8 +159,8 @@ def _read_product(node: ir.Node) -> _Map | Refusal | None:
     facts.assume_row(x, dtype, inner)
     if len(weight.uses()) > 1 or weight.is_graph_output():
         return Refusal("weight_shared", name, f"{weight.name} has other readers: not packed twice")
-    if columns % PANEL or not inner * columns:
-        return Refusal("columns", name, f"{columns} columns make no panels of {PANEL}")
+    if not inner * columns:
+        return Refusal("empty", name, f"{weight.name} has no numbers")
     if bias is None:
         return found
     vector = as_vector(bias, columns, 2) if facts.constant(bias) is not None else None
@@ -155,6 +182,22 @@ def _stored(value: ir.Value | None) -> tuple[ir.Value, bool] | None:
     return value, transposed
 
 
+def _halves(value: ir.Value | None, spec: Gated) -> tuple[_Map | None, _Map | None]:
+    """Gate and up of a gated unit of one map: its columns are dealt out to two."""
+    found = _read_map(value)
+    if not isinstance(found, _Map) or found.shape[1] % 2:
+        return None, None
+    half = found.shape[1] // 2
+    gate, up = (
+        (slice(0, None, 2), slice(1, None, 2))
+        if spec.layout == "interleaved"
+        else (slice(0, half), slice(half, None))
+    )
+    if spec.layout == "up_gate":
+        gate, up = up, gate
+    return found.cut(gate, "gate"), found.cut(up, "up")
+
+
 def _packed(like: ir.Value, panels: tuple[int, ...], make: Callable[[], np.ndarray]) -> ir.Value:
     """A made-up constant of the type of `like` that is computed when it is read."""
     assert like.dtype is not None
@@ -166,21 +209,22 @@ class FuseLinear(Rule):
     """A MatMul with a constant weight takes in what follows it, its weight packed for the CPU.
 
     ## What it matches
-    MatMul or Gemm with a constant f32 or f16 weight [K, N] that nothing else reads, N % 32 = 0;
-    the Reshapes around it that make rows of x and take them back; a bias; the activation that
-    reads the result (a standard one, or one fused before); a gated unit of two such maps of one
-    input, or of the halves of one.
+    MatMul or Gemm with a constant f32 or f16 weight [K, N] that nothing else reads; the Reshapes
+    around it that make rows of x and take them back; a bias; the activation that reads the result
+    (a standard one, or one fused before); a gated unit of two such maps of one input, or of the
+    halves of one.
 
     ## Formula
     y = act(x·W + b), or y = act(x·W + b)∘(x·V + c).
 
     ## Numerics
     Products are summed in f32 in another order than onnxruntime's; in 16 bits the sum, the bias and
-    the activation round where the graph rounds them.
+    the activation round where the graph rounds them. Columns that fill no panel of 32 come with a
+    bias of -0, if they have none, which changes no bit.
 
     ## Refuses
-    `weight_shared`: a tied weight stays as it is, or it would be stored twice. `columns`: N is no
-    multiple of 32. `bias_shape`, `gemm_form`, `types`, `check_failed`.
+    `weight_shared`: a tied weight stays as it is, or it would be stored twice. `empty`: K or N
+    is 0. `bias_shape`, `gemm_form`, `types`, `check_failed`.
 
     ## References
     Goto and van de Geijn, Anatomy of High-Performance Matrix Multiplication, 2008.
@@ -215,7 +259,7 @@ class FuseLinear(Rule):
             found = _read_map(act.gate)
             if not isinstance(found, _Map):
                 return None
-            return self._rewrite(root, found, act.spec, act.attributes)
+            return self._rewrite(root, (found,), act.spec, act.attributes)
         found = _read_map(root.outputs[0], inside=False)
         if isinstance(found, Refusal):
             return Miss((root,), found)
@@ -223,103 +267,44 @@ class FuseLinear(Rule):
             return None
         dtype = facts.dtype_of(found.weight)
         assert dtype is not None
-        return self._rewrite(root, found, Gated("identity", "none", dtype), {})
+        return self._rewrite(root, (found,), Gated("identity", "none", dtype), {})
 
     def _unit(self, root: ir.Node, spec: Gated) -> Rewrite | None:
         """The map or maps in front of a gated unit fused before."""
         attributes = {name: root.attributes[name].as_float() for name in spec.attributes}
-        if spec.layout != "pair":
-            return self._halves(root, spec, attributes)
-        gate, up = (_read_map(value) for value in root.inputs)
+        gate, up = (
+            map(_read_map, root.inputs) if spec.layout == "pair" else _halves(root.inputs[0], spec)
+        )
         if not isinstance(gate, _Map) or not isinstance(up, _Map):
             return None
         if gate.x is not up.x or gate.shape != up.shape:
             return None
-        return self._gated(root, gate, up, spec, attributes)
-
-    def _halves(self, root: ir.Node, spec: Gated, attributes: dict[str, float]) -> Rewrite | None:
-        """A gated unit of the halves of one map: its columns are dealt out to two."""
-        found = _read_map(root.inputs[0])
-        if not isinstance(found, _Map) or found.shape[1] % (2 * PANEL):
-            return None
-        half = found.shape[1] // 2
-        first, second = (
-            (slice(0, None, 2), slice(1, None, 2))
-            if spec.layout == "interleaved"
-            else (slice(0, half), slice(half, None))
-        )
-        if spec.layout == "up_gate":
-            first, second = second, first
-        biases = []
-        if found.bias is not None:
-            assert found.bias.const_value is not None
-            array = found.bias.const_value.numpy().ravel()
-            for index, columns in enumerate((first, second)):
-                tensor = ir.tensor(np.ascontiguousarray(array[columns]))
-                biases.append(ir.val(f"{found.bias.name}_{index}", const_value=tensor))
-        linear = Linear.ending_in(spec, bias=bool(biases))
-        if linear is None:
-            return None
-        inner = found.shape[0]
-        weight = _packed(
-            found.weight,
-            (2 * half // PANEL, inner, PANEL),
-            lambda: pack_gated(found.matrix()[:, first], found.matrix()[:, second]),
-        )
-        return Rewrite(
-            rule=self.name,
-            spec=linear,
-            inputs=(found.x, weight, *biases),
-            attributes=attributes,
-            outputs=(root.outputs[0],),
-            nodes=(*found.nodes, root),
-            computed=found.computed,
-        )
-
-    def _gated(
-        self, root: ir.Node, gate: _Map, up: _Map, spec: Gated, attributes: dict[str, float]
-    ) -> Rewrite | None:
-        linear = Linear.ending_in(spec, bias=gate.bias is not None)
-        if linear is None or (gate.bias is None) != (up.bias is None):
-            return None
-        inner, columns = gate.shape
-        weight = _packed(
-            gate.weight,
-            (2 * columns // PANEL, inner, PANEL),
-            lambda: pack_gated(gate.matrix(), up.matrix()),
-        )
-        biases = tuple(bias for bias in (gate.bias, up.bias) if bias is not None)
-        return Rewrite(
-            rule=self.name,
-            spec=linear,
-            inputs=(gate.x, weight, *biases),
-            attributes=attributes,
-            outputs=(root.outputs[0],),
-            nodes=tuple(dict.fromkeys((*gate.nodes, *up.nodes, root))),
-            computed={**gate.computed, **up.computed},
-        )
+        return self._rewrite(root, (gate, up), spec, attributes)
 
     def _rewrite(
-        self, root: ir.Node, found: _Map, unit: Gated, attributes: dict[str, float]
+        self, root: ir.Node, maps: tuple[_Map, ...], unit: Gated, attributes: dict[str, float]
     ) -> Rewrite | None:
-        linear = Linear.ending_in(unit, bias=found.bias is not None)
-        if linear is None:
+        """The op of one map, or of gate and up, that ends in `unit`."""
+        first, *_ = maps
+        given = [bias for found in maps if (bias := found.given_bias()) is not None]
+        linear = Linear.ending_in(unit, bias=bool(given), ragged=first.ragged)
+        if linear is None or len(given) % len(maps):
             return None
-        inner, columns = found.shape
+        inner, columns = first.shape
         weight = _packed(
-            found.weight,
-            (columns // PANEL, inner, PANEL),
-            lambda: pack(found.matrix()),
+            first.weight,
+            (len(maps) * math.ceil(columns / PANEL), inner, PANEL),
+            lambda: (pack_gated if len(maps) > 1 else pack)(*(found.matrix() for found in maps)),
         )
-        biases = () if found.bias is None else (found.bias,)
+        nodes = (node for found in maps for node in found.nodes)
         return Rewrite(
             rule=self.name,
             spec=linear,
-            inputs=(found.x, weight, *biases),
+            inputs=(first.x, weight, *given),
             attributes=attributes,
             outputs=(root.outputs[0],),
-            nodes=tuple(dict.fromkeys((*found.nodes, root))),
-            computed=found.computed,
+            nodes=tuple(dict.fromkeys((*nodes, root))),
+            computed={value: shape for found in maps for value, shape in found.computed.items()},
         )
 
 

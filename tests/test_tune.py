@@ -114,6 +114,7 @@ def test_where_a_measurement_cannot_be_written_nothing_fails(
         (Linear("swish", gated=True, bias=True), ((4, 40, 32),)),
         (Linear("swish", gated=True, bias=True, dtype="f16"), ((4, 40, 32),)),
         (Linear(bias=True, maps=2), ((4, 40, 32), (1, 40, 32))),
+        (Linear("relu", gated=True, bias=True, ragged=True), ((4, 40, 32),)),
         (Linear(bias=True, residual=True, alpha=True), ((4, 40, 32),)),
         (Linear("swish", gated=True, norm="rms"), ((4, 40, 32),)),
     ],

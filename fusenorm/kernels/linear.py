@@ -359,6 +359,17 @@ class _Epilogue:
 
     def finish(self, row: Expr, count: Expr, column: Expr) -> None:
         """Write `count` rows of y from the sums."""
+        if not self.spec.ragged:
+            self._finish(row, count, column, whole=True)
+            return
+        with T.If(column + self.tile.width <= self.buffers["y"].shape[1]):
+            with T.Then():
+                self._finish(row, count, column, whole=True)
+            with T.Else():
+                self._finish(row, count, column, whole=False)
+
+    def _finish(self, row: Expr, count: Expr, column: Expr, *, whole: bool) -> None:
+        """The columns of the tile from `column`, some of which y may not have unless `whole`."""
         tile = self.tile
         with T.serial(count) as i:
             self.lanes = Lanes(tile.lanes, T.bind(T.cast(T.shift_right(i, 40), "uint32")))
@@ -367,16 +378,23 @@ class _Epilogue:
                 alpha = round_to(_SCALAR, self.spec.dtype, self._number("alpha"))
                 self.alpha = T.bind(self.lanes.spread(alpha))
             for vector in range(tile.vectors):
-                columns = T.ramp(column + vector * tile.lanes, 1, tile.lanes)
+                first = column + vector * tile.lanes
+                columns, mask = T.ramp(first, 1, tile.lanes), None
+                if not whole:
+                    left = self.buffers["y"].shape[1] - first
+                    mask = self.lanes.first(T.max(left, T.int64(0)))
                 parts = [
-                    self._sum(part * tile.size + i * tile.width, part, vector, columns)
+                    self._sum(part * tile.size + i * tile.width, part, vector, columns, mask)
                     for part in range(self.spec.parts)
                 ]
                 value = self._apply(parts)
                 if self.spec.residual:
                     value = self._with_residual(value, [row + i, columns])
                 y = T.bind(narrow(self.lanes, self.spec.dtype, value))
-                T.buffer_store(self.buffers["y"], y, [row + i, columns])
+                if whole:
+                    T.buffer_store(self.buffers["y"], y, [row + i, columns])
+                else:
+                    T.evaluate(T.masked_store(self.buffers["y"], y, row + i, columns, mask))
 
     def _activation(self) -> Emitter | None:
         if not self.spec.gated and self.spec.activation == "identity":
@@ -393,14 +411,19 @@ class _Epilogue:
         """An attribute, read anew in each turn as constants are."""
         return _SCALAR.from_bits(_SCALAR.bits(self.numbers[name]) ^ self.lanes.zero)
 
-    def _sum(self, at: Expr, part: int, vector: int, columns: Expr) -> Expr:
+    def _sum(self, at: Expr, part: int, vector: int, columns: Expr, mask: Expr) -> Expr:
         lanes, dtype = self.lanes, self.spec.dtype
         total = self.sums[T.ramp(at + vector * self.tile.lanes, 1, self.tile.lanes)]
         value = lanes.let(round_to(lanes, dtype, total))
         if not self.spec.bias:
             return value
         names = [slot.name for slot in self.spec.inputs if slot.layout == "vector"]
-        bias = T.bind(widen(lanes, dtype, self.buffers[names[part]][columns]))
+        bias = self.buffers[names[part]]
+        if mask is None:
+            stored = bias[columns]
+        else:
+            stored = T.masked_load(lanes.type(BUFFER[dtype]), bias, columns, mask)
+        bias = T.bind(widen(lanes, dtype, T.bind(stored)))
         return lanes.let(round_to(lanes, dtype, value + bias))
 
     def _apply(self, parts: list[Expr]) -> Expr:

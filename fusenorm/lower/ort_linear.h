@@ -1,5 +1,6 @@
 /* Linear ops: x [..., K], then for each map a weight in panels [P, K, PANEL] and vectors [N], and
-   for a single map perhaps a residual [..., N]; an output y [..., N] for each map.
+   for a single map perhaps a residual [..., N]; an output y [..., N] for each map. N is P·PANEL, or
+   of a ragged op the length of its vectors, and the last panel holds what is left.
 
    The rows of x are laid out in tiles first. A task is then a block of tiles times a range of
    panels of one map. Blocks are as high as lets their part of x stay in the caches of a core while
@@ -167,6 +168,12 @@ static OrtStatus* linear_map(LinearJob* job, const OrtValue** values, int map, c
         return fail_slot(state, slot, "is not made of panels as high as the last axis of x");
       job->panels[map] = shape[0] / op->parts;
       job->columns[map] = job->panels[map] * PANEL;
+      if (op->ragged) { /* the bias is behind the weight */
+        TRY(shape_of(values[i + 1], shape, &other));
+        job->columns[map] = other ? shape[other - 1] : 0;
+        if (shares(job->columns[map], PANEL) != job->panels[map])
+          return fail_slot(state, slot, "does not have as many panels as its bias has numbers");
+      }
     } else if (slot->layout == ROW) {
       int fits = other == rank && shape[rank - 1] == job->columns[map];
       for (size_t axis = 0; fits && axis + 1 < rank; ++axis) fits = shape[axis] == dims[axis];
@@ -249,6 +256,11 @@ static OrtStatus* linear_infer(const Op* op, OrtShapeInferContext* context) {
     TRY(read_shape(info, &weight));
     int known = weight.rank == 3 && weight.size[0] >= 0;
     x.size[x.rank - 1] = known ? weight.size[0] / op->parts * PANEL : -1;
+    if (op->ragged) {
+      TRY(GetInputShape(context, 2, &info)); /* the bias */
+      TRY(read_shape(info, &weight));
+      x.size[x.rank - 1] = weight.rank ? weight.size[weight.rank - 1] : -1;
+    }
     x.symbol[x.rank - 1] = "";
     name_unknown(&x, fresh);
     TRY(write_output(context, op, map, &x));

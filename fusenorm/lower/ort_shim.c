@@ -143,6 +143,7 @@ typedef struct {
   int parts; /* panels of a weight per panel of its y; 2 for grouped heads */
   int tile;  /* LINEAR: rows taken at a time */
   int norm;  /* LINEAR: how many attributes, the last ones, are for laying out rows; 0: no norm */
+  int ragged; /* LINEAR: as many columns as the bias has, the last panel not full */
   int turns;
   int inputs, outputs, attributes;
   Slot input[MAX_INPUTS], output[MAX_OUTPUTS];

@@ -41,6 +41,7 @@ def _row(spec: OpSpec, device: Device, target: Target) -> str:
         _parts(spec),
         _tile(spec, target),
         _norm(spec),
+        int(isinstance(spec, Linear) and spec.ragged),
         _turns(spec),
         len(spec.inputs),
         len(spec.outputs),

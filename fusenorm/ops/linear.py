@@ -2,7 +2,8 @@
 
 A weight [K, N] is stored as panels of PANEL columns, [N / PANEL, K, PANEL]: a kernel reads each
 panel from front to back, whatever its vectors are. The panels of a gate and of its linear twin
-alternate, so that both halves of a gated unit are made together.
+alternate, so that both halves of a gated unit are made together. Where N is no multiple of PANEL
+the last panel ends in zeros.
 """
 
 from __future__ import annotations
@@ -24,9 +25,14 @@ MOST_MAPS = 3
 
 
 def pack(weight: np.ndarray) -> np.ndarray:
-    """[K, N] as panels [N / PANEL, K, PANEL]."""
+    """[K, N] as panels [N / PANEL, K, PANEL], the last one filled up with zeros."""
     rows, columns = weight.shape
-    return np.ascontiguousarray(weight.reshape(rows, columns // PANEL, PANEL).transpose(1, 0, 2))
+    whole, rest = divmod(columns, PANEL)
+    panels = np.zeros((whole + (rest > 0), rows, PANEL), weight.dtype)
+    full = weight[:, : whole * PANEL].reshape(rows, whole, PANEL)
+    panels[:whole] = full.transpose(1, 0, 2)
+    panels[whole:, :, :rest] = weight[:, whole * PANEL :]
+    return panels
 
 
 def pack_gated(gate: np.ndarray, up: np.ndarray) -> np.ndarray:
@@ -36,7 +42,7 @@ def pack_gated(gate: np.ndarray, up: np.ndarray) -> np.ndarray:
 
 
 def unpack(panels: np.ndarray) -> np.ndarray:
-    """Panels as [K, N]."""
+    """Panels as [K, N], N being all columns they have room for."""
     return panels.transpose(1, 0, 2).reshape(panels.shape[1], -1)
 
 
@@ -60,6 +66,8 @@ class Linear(OpSpec):
         alpha: that row is multiplied by the attribute `alpha` (DeepNorm, arXiv 2203.00555).
         norm: an RMSNorm or LayerNorm of x in front, without scale and bias; its statistics are
             f32, its result is rounded to dtype.
+        ragged: of a single map with a bias: N is the length of the bias, and the last panel holds
+            what is left.
     """
 
     activation: str = "identity"
@@ -71,6 +79,7 @@ class Linear(OpSpec):
     residual: bool = False
     alpha: bool = False
     norm: Literal["none", "rms", "ln"] = "none"
+    ragged: bool = False
 
     @property
     def row(self) -> Activation:
@@ -84,7 +93,7 @@ class Linear(OpSpec):
     def tokens(self) -> tuple[str, ...]:
         tokens = [f"{self.maps}maps"] if self.maps > 1 else []
         tokens += [self.activation] if self.gated or self.activation != "identity" else []
-        tokens += [flag for flag in ("bias", "residual", "alpha") if getattr(self, flag)]
+        tokens += [flag for flag in ("bias", "ragged", "residual", "alpha") if getattr(self, flag)]
         tokens += [self.norm] if self.norm != "none" else []
         tokens += [self.dtype] if self.dtype != "f32" else []
         tokens += ["stepwise"] if self.precision == "storage" else []
@@ -103,9 +112,10 @@ class Linear(OpSpec):
         for name, gated, bias, dtype in itertools.product(
             ACTIVATIONS, (False, True), (False, True), dtypes
         ):
-            yield cls(name, gated, bias, dtype)
-            if dtype in ("f16", "bf16") and name != "identity":
-                yield cls(name, gated, bias, dtype, "storage")
+            for ragged in (False, True) if bias else (False,):
+                yield cls(name, gated, bias, dtype, ragged=ragged)
+                if dtype in ("f16", "bf16") and name != "identity":
+                    yield cls(name, gated, bias, dtype, "storage", ragged=ragged)
             if name == "identity" and not gated:
                 for maps in range(2, MOST_MAPS + 1):
                     yield cls(name, gated, bias, dtype, maps=maps)
@@ -113,11 +123,12 @@ class Linear(OpSpec):
                     yield cls(name, gated, bias, dtype, residual=True, alpha=alpha)
 
     @classmethod
-    def ending_in(cls, unit: Gated, *, bias: bool) -> Self | None:
+    def ending_in(cls, unit: Gated, *, bias: bool, ragged: bool = False) -> Self | None:
         """The op that ends in this activation or gated unit, if there is one."""
         if unit != Gated(unit.activation, unit.layout, unit.dtype, unit.precision):
             return None
-        spec = cls(unit.activation, unit.layout != "none", bias, unit.dtype, unit.precision)
+        gated = unit.layout != "none"
+        spec = cls(unit.activation, gated, bias, unit.dtype, unit.precision, ragged=ragged)
         return spec if cls.parse(spec.op_type) == spec else None
 
     @property
@@ -144,7 +155,7 @@ class Linear(OpSpec):
 
     @property
     def plain(self) -> bool:
-        """Whether it is x·W + b of one map and nothing else."""
+        """Whether it is x·W + b of one map, W in whole panels, and nothing else."""
         return self == Linear(bias=self.bias, dtype=self.dtype)
 
     @property
@@ -189,6 +200,7 @@ class Linear(OpSpec):
                     f"by_row{end}", f"Transpose <perm: ints = [1, 0, 2]> (weight{end})"
                 )
                 weight = body.let(f"matrix_weight{end}", f"Reshape ({by_row}, {matrix})")
+                weight = self._columns(body, weight, "bias")
                 value = self._product(body, f"product{end}", weight, f"bias{end}")
                 body.result(f"y{end}", self._summed(body, self._activated(body, value)))
             return
@@ -196,11 +208,23 @@ class Linear(OpSpec):
         body.let("pairs", f"Constant <value_ints: ints = [0, -1, {2 * PANEL}]> ()")
         body.let("by_pair", "Reshape (by_row, pairs)")
         body.halves("gate_panels", "up_panels", "by_pair")
+        weights = {}
         for name in ("gate", "up"):
-            body.let(f"{name}_weight", f"Reshape ({name}_panels, {matrix})")
-        gate = self._product(body, "gate", "gate_weight", "gate_bias")
-        up = self._product(body, "up", "up_weight", "up_bias")
+            weight = body.let(f"{name}_weight", f"Reshape ({name}_panels, {matrix})")
+            weights[name] = self._columns(body, weight, f"{name}_bias")
+        gate, up = (self._product(body, name, weights[name], f"{name}_bias") for name in weights)
         body.let("y", f"Mul ({self._activated(body, gate)}, {up})")
+
+    def _columns(self, body: Body, weight: str, bias: str) -> str:
+        """The columns of an unpacked weight that are none of the last panel's zeros."""
+        if not self.ragged:
+            return weight
+        for name, number in (("first", 0), ("column_axis", 1), ("last_axis", -1), ("end", 2**62)):
+            body.let(f"{bias}_{name}", f"Constant <value_ints: ints = [{number}]> ()")
+        body.let(f"{bias}_shape", f"Shape ({bias})")
+        count = body.let(f"{bias}_size", f"Slice ({bias}_shape, {bias}_last_axis, {bias}_end)")
+        places = f"{bias}_first, {count}, {bias}_column_axis"
+        return body.let(f"{weight}_columns", f"Slice ({weight}, {places})")
 
     def _activated(self, body: Body, value: str) -> str:
         exact = self.precision == "storage" or self.dtype == "f64" or self.activation == "identity"
@@ -232,7 +256,7 @@ class Linear(OpSpec):
             (wide["x"],) = self.prologue.reference({"x": wide["x"]}, own)
         if not self.gated:
             products = (
-                wide["x"] @ unpack(wide[f"weight{end}"]) + wide.get(f"bias{end}", 0.0)
+                self._multiplied(wide["x"], wide[f"weight{end}"], wide.get(f"bias{end}"))
                 for end in self._ends
             )
             if self.residual:
@@ -240,9 +264,13 @@ class Linear(OpSpec):
                 return tuple(product + row for product in products)
             return tuple(self.row.numpy(product, **numbers) for product in products)
         panels = wide["weight"]
-        gate = wide["x"] @ unpack(panels[0::2]) + wide.get("gate_bias", 0.0)
-        up = wide["x"] @ unpack(panels[1::2]) + wide.get("up_bias", 0.0)
+        gate = self._multiplied(wide["x"], panels[0::2], wide.get("gate_bias"))
+        up = self._multiplied(wide["x"], panels[1::2], wide.get("up_bias"))
         return (self.row.numpy(gate, **numbers) * up,)
+
+    def _multiplied(self, x: np.ndarray, panels: np.ndarray, bias: np.ndarray | None) -> np.ndarray:
+        y = x @ unpack(panels)
+        return y if bias is None else y[..., : bias.shape[-1]] + bias
 
     def with_dtype(self, dtype: DType) -> Self:
         return dataclasses.replace(self, dtype=dtype, precision="f32")

@@ -222,12 +222,19 @@ class LinearOp:
         parts = self.spec.parts
         weight, *others = (arrays[slot.name] for slot in slots)
         if weight.ndim != 3 or weight.shape[1:] != (inner, PANEL) or weight.shape[0] % parts:
-            panels = "even" if self.spec.gated else "any"
+            count = "even" if self.spec.gated else "any"
             raise ValueError(
-                f"'{slots[0].name}' is {list(weight.shape)}: "
-                f"it must be [{panels}, {inner}, {PANEL}]"
+                f"'{slots[0].name}' is {list(weight.shape)}: it must be [{count}, {inner}, {PANEL}]"
             )
-        columns = weight.shape[0] // parts * PANEL
+        panels = weight.shape[0] // parts
+        columns = panels * PANEL
+        if self.spec.ragged:
+            columns = others[0].size
+            if math.ceil(columns / PANEL) != panels:
+                raise ValueError(
+                    f"'{slots[0].name}' has {panels} panels of {PANEL} columns: "
+                    f"'{slots[1].name}' must have as many numbers but for the last panel's"
+                )
         for slot, other in zip(slots[1:], others, strict=True):
             wanted = (*leading, columns) if slot.layout == "row" else (columns,)
             if other.shape != wanted:
@@ -257,7 +264,7 @@ class LinearOp:
             shape = self._tiles(part.stop - begin)
             self._lay_out(x[part], tiles, *shape, *first)
             for own, y in zip(reads, outputs, strict=True):
-                panels = y.shape[1] // PANEL
+                panels = math.ceil(y.shape[1] / PANEL)
                 given = (
                     _by_row(slot, array, rows)[part] if slot.layout == "row" else _bits(slot, array)
                     for slot, array in own.items()

@@ -29,6 +29,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     specs = [
         *(Norm(skip=True), Norm(dtype="bf16", scale="bf16"), Gated("swish", "gate_up")),
         *(Linear("relu", gated=True, bias=True), Linear(dtype="bf16", maps=2)),
+        Linear(bias=True, ragged=True),
     ]
     build_library(specs, Target.host(), path)
     return path
@@ -106,6 +107,8 @@ def test_linear_ops_take_packed_weights(kernels: Kernels) -> None:
         (lambda k: k["LinearGLU_relu_bias"](X, W[0], B, B), ValueError, "'weight' is .8, 32"),
         (lambda k: k["LinearGLU_relu_bias"](X, W, B, B[:9]), ValueError, "'up_bias' is .9"),
         (lambda k: k["Linear_2maps_bf16"](X, W, W), TypeError, "'x' is float32"),
+        (lambda k: k["Linear_bias_ragged"](X, W, B), ValueError, "'weight' has 2 panels of 32"),
+        (lambda k: k["Linear_bias_ragged"](X, W, B[:0]), ValueError, "'weight' has 2 panels"),
         (lambda k: k["RMSNorm"], KeyError, "no kernel fusenorm_RMSNorm"),
         (lambda k: k["Nothing"], KeyError, "no fused op is called Nothing"),
     ],

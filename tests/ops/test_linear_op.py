@@ -51,7 +51,7 @@ def feeds(spec: Linear, rows: tuple[int, ...] = (2, 3)) -> dict[str, np.ndarray]
     random = np.random.default_rng(0)
     panels = COLUMNS // PANEL * (2 if spec.gated else 1)
     shapes = {"x": (*rows, INNER), "residual": (*rows, COLUMNS)}
-    shapes |= {"panels": (panels, INNER, PANEL), "vector": (COLUMNS,)}
+    shapes |= {"panels": (panels, INNER, PANEL), "vector": (COLUMNS - 3 * spec.ragged,)}
     return {
         slot.name: random.normal(
             0.3, 1.0, shapes[slot.name if slot.layout == "row" else slot.layout]
@@ -81,6 +81,20 @@ def test_packing_loses_nothing() -> None:
     assert np.array_equal(unpack(both[1::2]), -weight)
 
 
+@pytest.mark.parametrize("columns", [1, PANEL - 1, PANEL + 1, 2 * PANEL + 20])
+def test_the_last_panel_is_filled_up_with_zeros(columns: int) -> None:
+    weight = np.random.default_rng(0).standard_normal((7, columns)).astype(np.float16)
+    panels = pack(weight)
+    assert panels.shape == (columns // PANEL + 1, 7, PANEL)
+    assert panels.dtype == weight.dtype
+    assert np.array_equal(unpack(panels)[:, :columns], weight)
+    assert not unpack(panels)[:, columns:].any()
+    assert np.array_equal(pack(weight.T.copy().T), panels)
+    both = pack_gated(weight, -weight)
+    assert np.array_equal(both[0::2], panels)
+    assert np.array_equal(both[1::2], -panels)
+
+
 @pytest.mark.parametrize("opset", [12, 13, 17, 18, 23])
 def test_bodies_are_valid_and_compute_the_reference(opset: int) -> None:
     for spec in SPECS:
@@ -101,7 +115,7 @@ def test_bodies_change_only_with_their_version() -> None:
     for spec, opset in itertools.product(SPECS, (12, 13, 18)):
         digest.update(spec.function_text(opset).encode())
     assert Linear.VERSION == 1
-    assert digest.hexdigest()[:16] == "208590706af4d1be", (
+    assert digest.hexdigest()[:16] == "f996ba271aa0dd1a", (
         "a body changed: raise VERSION of its family"
     )
 
@@ -133,3 +147,17 @@ def test_with_a_norm_it_is_the_op_of_what_the_norm_gives(norm: str, dtype: str) 
 def test_plain_is_one_map_and_nothing_else() -> None:
     plain = [spec.op_type for spec in SPECS if spec.plain and spec.dtype == "f32"]
     assert plain == ["Linear", "Linear_bias"]
+
+
+def test_a_ragged_op_has_one_map_and_a_bias_that_tells_its_columns() -> None:
+    ragged = [spec for spec in SPECS if spec.ragged]
+    assert all(spec.bias and spec.maps == 1 and not spec.residual for spec in ragged)
+    assert len(ragged) == len([spec for spec in SPECS if not spec.ragged and spec.bias
+                               and spec.maps == 1 and not spec.residual])  # fmt: skip
+    spec = Linear("swish", gated=True, bias=True, ragged=True)
+    assert spec.op_type == "LinearGLU_swish_bias_ragged"
+    given = feeds(spec)
+    given |= {name: given[name][None] for name in ("gate_bias", "up_bias")}  # 1s in front
+    (y,) = ReferenceEvaluator(model(spec, 18)).run(None, given)
+    assert y.shape == (2, 3, COLUMNS - 3)
+    assert np.allclose(y, spec.reference(given, numbers(spec))[0], atol=1e-5)

@@ -28,6 +28,7 @@ CONSTANTS = {
     "v": rows(K, 64, seed=2),
     "u": rows(K, 32, seed=3),
     "odd": rows(K, 40, seed=4),
+    "ob": rows(40, seed=6),
     "c": rows(64, seed=5),
     "g": np.linspace(0.5, 2, K, dtype=np.float32),
     "b": np.linspace(-1, 1, K, dtype=np.float32),
@@ -95,6 +96,16 @@ FOLDED = {
         LN + "ph = MatMul (n, w)\np = Add (ph, c)\nqh = MatMul (n, v)\nq = Add (c, qh)\n"
         "s = Sigmoid (p)\na = Mul (p, s)\ny = Mul (a, q)",
         ["LayerNorm_noscale", "LinearGLU_swish_bias"],
+    ),
+    "columns that fill no panel": (
+        LN + "h = MatMul (n, odd)\nr = ReduceMax <keepdims: int = 0> (h)\nk = MatMul (n, w)\n"
+        "y = Add (k, r)",
+        ["LayerNorm_noscale", "Linear_bias_ragged", "Linear_bias"],
+    ),
+    "such columns of a map with a bias": (
+        LN + "h = MatMul (n, odd)\np = Add (h, ob)\nr = ReduceMax <keepdims: int = 0> (p)\n"
+        "k = MatMul (n, w)\ny = Add (k, r)",
+        ["LayerNorm_noscale", "Linear_bias_ragged", "Linear_bias"],
     ),
     "two maps": (
         LN + "h = MatMul (n, w)\nk = MatMul (n, v)\ny = Add (h, k)",
@@ -203,11 +214,11 @@ def test_the_columns_of_a_gated_unit_keep_to_their_map() -> None:
 REFUSED = {
     "reader": [
         (LN + "h = MatMul (n, w)\nr = ReduceMax <keepdims: int = 0> (n)\ny = Add (h, r)", X, Y),
-        (LN + "h = MatMul (n, w)\nk = MatMul (n, odd)\nr = ReduceMax <keepdims: int = 0> (k)\n"
-         "y = Add (h, r)", X, Y),
+        (LN + "h = MatMul (n, w)\nk = MatMul (n, given)\nr = ReduceMax <keepdims: int = 0> (k)\n"
+         "y = Add (h, r)", X + ", float[8,40] given", Y),
         (LN + "m = Reshape (n, rank3)\nh = MatMul (n, w)\nr = ReduceMax <keepdims: int = 0> (m)\n"
          "y = Add (h, r)", X, Y),
-        (LN + "m = Reshape (n, rank2)\ny = Gemm (m, odd)", X, "float[t,40] y"),
+        (LN + "m = Reshape (n, rank2)\ny = Gemm <alpha: float = 2.0> (m, odd)", X, "float[t,40] y"),
         (LN + "m = Reshape (n, rank2)\ny = Gemm (m, w)", X, "float[t,64] y, float[t,8] m"),
         (LN + "h = MatMul (n, w)\ny = If (flag) <\n"
          "then_branch = g1 () => (float[b,s,64] t) { k = MatMul (n, v)\n t = Add (h, k) },\n"
@@ -449,7 +460,7 @@ def test_every_norm_before_every_map(norm: Norm) -> None:
             for slot in norm.inputs
             if slot.layout == "row"
         }
-        shapes = {"vector": (64,), "panels": (4 if end.gated else 2, K, 32)}
+        shapes = {"vector": (64 - 9 * end.ragged,), "panels": (4 if end.gated else 2, K, 32)}
         vectors = [
             _held(f"norm_{slot.name}", (K,)) for slot in norm.inputs if slot.layout == "vector"
         ]
@@ -478,7 +489,7 @@ def test_every_norm_before_every_map(norm: Norm) -> None:
 
 
 EXPECTED = {
-    "bert": 0, "gpt2": 4, "llama": 4, "qwen2": 4, "gemma": 4, "t5_v1_1_enc": 4, "vit": 4,
+    "bert": 0, "gpt2": 5, "llama": 5, "qwen2": 5, "gemma": 5, "t5_v1_1_enc": 4, "vit": 4,
 }  # fmt: skip
 
 

@@ -85,22 +85,28 @@ def test_what_follows_the_product_joins_it(kind: str) -> None:
     assert check(proto) == ([kind], [])
 
 
+@pytest.mark.parametrize(("width", "ragged"), [(128, ""), (50, "_ragged"), (1, "_ragged")])
 @pytest.mark.parametrize(("halves", "gate"), [("g, u", "g"), ("u, g", "g")])
-def test_halves_of_one_product_are_dealt_out(halves: str, gate: str) -> None:
+def test_halves_of_one_product_are_dealt_out(
+    halves: str, gate: str, width: int, ragged: str
+) -> None:
     body = f"""h = MatMul (x, w)\n t = Add (h, b)
         {halves} = Split <axis: int = -1, num_outputs: int = 2> (t)
         s = Sigmoid ({gate})\n a = Mul ({gate}, s)\n y = Mul (a, u)"""
-    proto = model(body, outputs=OUT, constants={"w": rows(8, 256), "b": rows(256)})
-    assert check(proto) == (["LinearGLU_swish_bias"], [])
+    constants = {"w": rows(8, 2 * width), "b": rows(2 * width)}
+    proto = model(body, outputs=f"float[b,s,{width}] y", constants=constants)
+    assert check(proto) == ([f"LinearGLU_swish_bias{ragged}"], [])
 
 
-def test_interleaved_columns_are_dealt_out() -> None:
+@pytest.mark.parametrize(("width", "end"), [(128, ""), (50, "_bias_ragged")])
+def test_interleaved_columns_are_dealt_out(width: int, end: str) -> None:
     ends = {"z": [0], "o": [1], "e": [2**31], "ax": [-1], "st": [2]}
     body = """h = MatMul (x, w)
         g = Slice (h, z, e, ax, st)\n u = Slice (h, o, e, ax, st)
         s = Sigmoid (g)\n a = Mul (g, s)\n y = Mul (a, u)"""
-    constants = {"w": rows(8, 256)} | {k: np.array(v, np.int64) for k, v in ends.items()}
-    assert check(model(body, outputs=OUT, constants=constants)) == (["LinearGLU_swish"], [])
+    constants = {"w": rows(8, 2 * width)} | {k: np.array(v, np.int64) for k, v in ends.items()}
+    proto = model(body, outputs=f"float[b,s,{width}] y", constants=constants)
+    assert check(proto) == ([f"LinearGLU_swish{end}"], [])
 
 
 def test_rows_of_a_width_only_the_weight_knows() -> None:
@@ -236,7 +242,7 @@ CONSTANTS = {
     "half": W.astype(np.float16),
     "brain": W.astype(ml_dtypes.bfloat16),
     "wide": W.astype(np.float64),
-    "odd": rows(8, 96),
+    "odd": rows(8, 95),
     "batch": rows(2, 8, 64),
     "column": rows(5, 1),
     "matrix": rows(5, 128),
@@ -338,7 +344,6 @@ def test_a_weight_that_is_an_output_stays(name: str) -> None:
 
 
 REFUSED = {
-    "columns": ("y = MatMul (x, w)", {"w": rows(8, 48)}, "float[s,48] y"),
     "gemm_form": ("y = Gemm <alpha: float = 2.0> (x, w)", {"w": W}, "float[s,128] y"),
     "bias_shape": ("y = Gemm (x, w, b)", {"w": W, "b": rows(1, 1)}, "float[s,128] y"),
     "weight_shared": ("h = MatMul (x, w)\n c = Cos (w)\n u = MatMul (x, c)\n y = Add (h, u)",
@@ -353,14 +358,45 @@ def test_refused_with_a_reason(reason: str) -> None:
     assert (kinds, reasons) == ([], [reason])
 
 
-@pytest.mark.parametrize("sizes", [(8, 0), (0, 64), (8, 63)])
-def test_a_weight_that_makes_no_panels_stays(sizes: tuple[int, int]) -> None:
+@pytest.mark.parametrize("sizes", [(8, 0), (0, 64)])
+def test_a_weight_without_numbers_stays(sizes: tuple[int, int]) -> None:
     inner, columns = sizes
     proto = model(
         "y = MatMul (x, w)", f"float[s,{inner}] x", f"float[s,{columns}] y",
         constants={"w": rows(inner, columns)},
     )  # fmt: skip
-    assert check(proto) == ([], ["columns"])
+    assert check(proto) == ([], ["empty"])
+
+
+@pytest.mark.parametrize("columns", [1, 31, 33, 80])
+@pytest.mark.parametrize("kind", ACTIVATED)
+def test_columns_that_fill_no_panel(kind: str, columns: int) -> None:
+    """Without a bias they get one, and both of a gated unit do."""
+    constants = {"w": W[:, :columns], "v": V[:, :columns], "b": B[:columns]}
+    proto = model(
+        ACTIVATED[kind], "float[s,8] x", f"float[s,{columns}] y", constants=constants, opset=20
+    )
+    unit = kind.removesuffix("_bias")
+    assert check(proto) == ([f"{unit}_bias_ragged"], [])
+
+
+def test_one_bias_of_a_gated_unit_that_fills_no_panel() -> None:
+    body = """g = MatMul (x, w)\n u = MatMul (x, v)\n t = Add (u, b)
+        s = Sigmoid (g)\n a = Mul (g, s)\n y = Mul (a, t)"""
+    constants = {"w": W[:, :50], "v": V[:, :50], "b": B[:50]}
+    proto = model(body, "float[s,8] x", "float[s,50] y", constants=constants)
+    assert check(proto) == (["LinearGLU_swish_bias_ragged"], [])
+
+
+def test_a_bias_for_columns_that_fill_no_panel_keeps_the_sign_of_zero() -> None:
+    weight = np.zeros((8, 33), np.float32)
+    weight[:, 0] = -0.0
+    after, _ = lowered(
+        model("y = MatMul (x, w)", "float[s,8] x", "float[s,33] y", constants={"w": weight})
+    )
+    bias = onnx.numpy_helper.to_array(after.graph.initializer[1])
+    assert np.array_equal(bias, np.zeros(33))
+    assert np.signbit(bias).all()
 
 
 def test_numbers_that_are_not_finite_stay_so() -> None:

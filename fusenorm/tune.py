@@ -29,8 +29,8 @@ ROWS = (1, 16, 128)
 # A region is left out below this share of onnxruntime's speed; above it noise would decide.
 PAYS = 0.9
 SECONDS = 0.1
-# Weights of a measurement: as many as do not fit a core's own caches, as in a model.
-BYTES = 1 << 25
+# Weights of a measurement: as many as do not fit a core's own caches, as in a model, or COPIES.
+BYTES, COPIES = 1 << 25, 256
 OPSET = 18
 
 
@@ -41,10 +41,12 @@ class Problem:
     Attributes:
         op_type: the op.
         panels: shapes of its packed weights.
+        rest: columns in the last panel of a ragged one.
     """
 
     op_type: str
     panels: tuple[tuple[int, ...], ...]
+    rest: int = 0
 
     @classmethod
     def of(cls, op_type: str, inputs: Iterable[ir.Value | None]) -> Self | None:
@@ -52,13 +54,18 @@ class Problem:
         spec = Linear.parse(op_type)
         if spec is None:
             return None
-        panels = []
+        panels, rest = [], 0
         for slot, value in zip(spec.inputs, inputs, strict=True):
+            if slot.layout == "row":
+                continue
+            assert value is not None
+            assert value.shape is not None
+            shape = tuple(int(size) for size in value.shape)  # type: ignore[arg-type]
             if slot.layout == "panels":
-                assert value is not None
-                assert value.shape is not None
-                panels.append(tuple(int(size) for size in value.shape))  # type: ignore[arg-type]
-        return cls(op_type, tuple(panels))
+                panels.append(shape)
+            elif spec.ragged:
+                rest = shape[-1] % PANEL
+        return cls(op_type, tuple(panels), rest)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,8 +159,10 @@ def _model(spec: Linear, problem: Problem) -> onnx.ModelProto:
         if slot.layout == "panels":
             shapes[slot.name] = panels = next(weights)
         elif slot.layout == "vector":  # behind its weight
-            shapes[slot.name] = (panels[0] * PANEL // spec.parts - spec.ragged,)
-    copies = 1 + BYTES // (sum(map(math.prod, problem.panels)) * dtype.numpy.itemsize)
+            missing = PANEL - problem.rest if spec.ragged else 0
+            shapes[slot.name] = (panels[0] * PANEL // spec.parts - missing,)
+    size = sum(map(math.prod, problem.panels)) * dtype.numpy.itemsize
+    copies = min(COPIES, 1 + BYTES // size)
     info = onnx.helper.make_tensor_value_info
     nodes, held, outputs = [], [], []
     for copy in range(copies):
@@ -195,7 +204,8 @@ def _session(content: bytes, library: Path | None) -> ort.InferenceSession:
 
 
 def _flat(problem: Problem) -> tuple[object, ...]:
-    return (problem.op_type, *(size for panels in problem.panels for size in panels))
+    sizes = (size for panels in problem.panels for size in panels)
+    return (problem.op_type, *sizes, *([problem.rest] if problem.rest else []))
 
 
 def _machine() -> str:

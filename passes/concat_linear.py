@@ -51,9 +51,10 @@ class ConcatLinearMaps(RewritePass):
         opset = model.opset_imports.get("", 0)
         modified = False
         for graph in list(model.graphs()):
-            # The op stands where the first of its maps stood: the order stays one to run in.
+            # The op stands where the first of its maps stood: the order stays one to run in. What a
+            # proposal reads may be what the one before it made.
             for proposals in (_proposals, _splits):
-                for proposal in list(proposals(graph)):
+                for proposal in proposals(graph):
                     modified |= self.settle(model, proposal, OP, opset) is not None
         return ir.passes.PassResult(model, modified)
 
@@ -71,7 +72,7 @@ def _proposals(graph: ir.Graph) -> Iterator[Rewrite | Miss]:
         count = sum(map(len, alike.values()))
         for spec, nodes in alike.items():
             if spec.plain and len(nodes) > 1:
-                yield from (_side_by_side(x, spec, part) for part in _dealt_out(nodes))
+                yield from (_side_by_side(spec, part) for part in _dealt_out(nodes))
             elif count > 1:
                 detail = (
                     f"the {count} maps of {x.name} end differently, in an activation or a panel"
@@ -87,7 +88,9 @@ def _dealt_out(nodes: list[ir.Node]) -> Iterator[list[ir.Node]]:
         yield nodes[len(nodes) * index // groups : len(nodes) * (index + 1) // groups]
 
 
-def _side_by_side(x: ir.Value, spec: Linear, nodes: list[ir.Node]) -> Rewrite:
+def _side_by_side(spec: Linear, nodes: list[ir.Node]) -> Rewrite:
+    x = nodes[0].inputs[0]
+    assert x is not None
     given = (value for node in nodes for value in node.inputs[1:] if value is not None)
     return Rewrite(
         rule=RULE,
@@ -101,7 +104,7 @@ def _side_by_side(x: ir.Value, spec: Linear, nodes: list[ir.Node]) -> Rewrite:
 
 def _splits(graph: ir.Graph) -> Iterator[Rewrite]:
     """What becomes of the Linear ops of a graph whose columns a Split deals out."""
-    for node in graph:
+    for node in list(graph):
         spec = Linear.parse(node.op_type)
         if spec is None or node.domain != DOMAIN or not spec.plain:
             continue

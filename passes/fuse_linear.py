@@ -68,12 +68,10 @@ class _Map:
             bias = ir.val(f"{bias.name}_{name}", const_value=ir.tensor(array))
         return dataclasses.replace(self, bias=bias, part=part)
 
-    def given_bias(self) -> ir.Value | None:
-        """What the op adds: if ragged always something, which tells how many columns there are."""
-        if self.bias is not None or not self.ragged:
-            return self.bias
+    def no_bias(self) -> ir.Value:
+        """A bias that changes nothing, not even the sign of 0."""
         assert self.weight.dtype is not None
-        nothing = np.full(self.shape[1], -0.0, self.weight.dtype.numpy())  # keeps the sign of 0
+        nothing = np.full(self.shape[1], -0.0, self.weight.dtype.numpy())
         return ir.val(f"{self.weight.name}_no_bias", const_value=ir.tensor(nothing))
 
     def matrix(self) -> np.ndarray:
@@ -161,12 +159,19 @@ def _read_product(node: ir.Node) -> _Map | Refusal | None:
         return Refusal("weight_shared", name, f"{weight.name} has other readers: not packed twice")
     if not inner * columns:
         return Refusal("empty", name, f"{weight.name} has no numbers")
+    if not _fills(columns):
+        return Refusal("columns", name, f"{columns} columns fill too little of panels of {PANEL}")
     if bias is None:
         return found
     vector = as_vector(bias, columns, 2) if facts.constant(bias) is not None else None
     if vector is None:
         return Refusal("bias_shape", name, f"{bias.name} is not one row of {columns} numbers")
     return dataclasses.replace(found, bias=vector)
+
+
+def _fills(columns: int) -> bool:
+    """Whether panels hold at most a quarter more than so many columns: more costs too much time."""
+    return 4 * (-columns % PANEL) <= columns
 
 
 def _stored(value: ir.Value | None) -> tuple[ir.Value, bool] | None:
@@ -188,6 +193,8 @@ def _halves(value: ir.Value | None, spec: Gated) -> tuple[_Map | None, _Map | No
     if not isinstance(found, _Map) or found.shape[1] % 2:
         return None, None
     half = found.shape[1] // 2
+    if not _fills(half):
+        return None, None
     gate, up = (
         (slice(0, None, 2), slice(1, None, 2))
         if spec.layout == "interleaved"
@@ -219,12 +226,13 @@ class FuseLinear(Rule):
 
     ## Numerics
     Products are summed in f32 in another order than onnxruntime's; in 16 bits the sum, the bias and
-    the activation round where the graph rounds them. Columns that fill no panel of 32 come with a
-    bias of -0, if they have none, which changes no bit.
+    the activation round where the graph rounds them. Columns that leave a panel of 32 unfilled
+    come with a bias, and both maps of a gated unit if one has it: of -0, which changes no bit.
 
     ## Refuses
-    `weight_shared`: a tied weight stays as it is, or it would be stored twice. `empty`: K or N
-    is 0. `bias_shape`, `gemm_form`, `types`, `check_failed`.
+    `weight_shared`: a tied weight stays as it is, or it would be stored twice. `columns`: panels of
+    32 would hold more than a quarter more than N. `empty`: K or N is 0. `bias_shape`, `gemm_form`,
+    `types`, `check_failed`.
 
     ## References
     Goto and van de Geijn, Anatomy of High-Performance Matrix Multiplication, 2008.
@@ -286,9 +294,11 @@ class FuseLinear(Rule):
     ) -> Rewrite | None:
         """The op of one map, or of gate and up, that ends in `unit`."""
         first, *_ = maps
-        given = [bias for found in maps if (bias := found.given_bias()) is not None]
-        linear = Linear.ending_in(unit, bias=bool(given), ragged=first.ragged)
-        if linear is None or len(given) % len(maps):
+        # The length of a bias tells how many columns a ragged weight has.
+        biased = first.ragged or any(found.bias is not None for found in maps)
+        given = [found.bias or found.no_bias() for found in maps] if biased else []
+        linear = Linear.ending_in(unit, bias=biased, ragged=first.ragged)
+        if linear is None:
             return None
         inner, columns = first.shape
         weight = _packed(

@@ -46,6 +46,28 @@ def test_problems_are_distinct_shapes(two_maps: onnx.ModelProto) -> None:
     assert problems(lowered) == [WIDE, SQUARE, Problem("Linear", ((3, 64, 32),))]
 
 
+def test_columns_that_fill_no_panel_are_a_problem_of_their_own() -> None:
+    weights = {"w": rows(8, 60), "v": rows(8, 61)}
+    body = "y = MatMul (x, w)\n g = MatMul (x, v)\n u = MatMul (x, v2)\n z = Mul (g, u)"
+    proto = model(
+        body, outputs="float[b,s,60] y, float[b,s,61] z", constants={**weights, "v2": rows(8, 61)}
+    )
+    lowered, _ = lower_regions(fusenorm.optimize(proto).model)
+    assert problems(lowered) == [
+        Problem("Linear_bias_ragged", ((2, 8, 32),), 28),
+        Problem("LinearGLU_identity_bias_ragged", ((4, 8, 32),), 29),
+    ]
+    spec = Linear("identity", gated=True, bias=True, ragged=True)
+    held = {
+        tensor.name: tensor for tensor in tune._model(spec, problems(lowered)[1]).graph.initializer
+    }
+    assert list(held["gate_bias_of_0"].dims) == list(held["up_bias_of_0"].dims) == [61]
+
+
+def test_tiny_weights_are_measured_in_a_model_of_some_size() -> None:
+    assert len(tune._model(Linear(), Problem("Linear", ((1, 1, 32),))).graph.node) == tune.COPIES
+
+
 def test_what_was_slower_stays_and_says_so(two_maps: onnx.ModelProto) -> None:
     check = Paying(Validator(), {SQUARE: 0.9})
     _, regions = lower_regions(fusenorm.optimize(two_maps).model, check)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -141,11 +142,13 @@ SPLIT = {
 
 
 def split(
-    body: str, outputs: str = "float[b,s,32] q, float[b,s,64] k, float[b,s,96] v"
+    body: str,
+    outputs: str = "float[b,s,32] q, float[b,s,64] k, float[b,s,96] v",
+    known: Mapping[str, np.ndarray] = SPLIT,
 ) -> list[str]:
     """Op types of the lowered model; outputs must agree."""
     words = body.replace("(", " ").replace(")", " ").replace(",", " ").split()
-    constants = {name: array for name, array in SPLIT.items() if name in words}
+    constants = {name: array for name, array in known.items() if name in words}
     proto = model(body, X, outputs, constants=constants)
     work, _ = lower_regions(fusenorm.optimize(proto).model)
     after = ir.to_proto(work)
@@ -169,6 +172,24 @@ def test_columns_that_are_dealt_out_are_maps_of_their_own(
     kind: str, product: str, axis: int
 ) -> None:
     assert split(f"{product}\n q, k, v = Split <axis: int = {axis}> (h, sizes)") == [kind]
+
+
+def test_maps_of_what_such_maps_made() -> None:
+    """The second group reads an output of the first one's op, and so does the second Split."""
+    wide = {"w": rows(8, 64), "v": rows(8, 96), "t": rows(64, 32), "r": rows(64, 64)}
+    body = "h = MatMul (x, w)\n k = MatMul (x, v)\n q = MatMul (h, t)\n z = MatMul (h, r)"
+    outputs = "float[b,s,96] k, float[b,s,32] q, float[b,s,64] z"
+    assert split(body, outputs, wide) == ["Linear_2maps", "Linear_2maps"]
+    wide = {
+        "w": rows(8, 96),
+        "v": rows(32, 64),
+        "two": np.array([32, 64]),
+        "half": np.array([32, 32]),
+    }
+    body = """h = MatMul (x, w)\n m, k = Split <axis: int = -1> (h, two)
+        n = MatMul (m, v)\n q, z = Split <axis: int = -1> (n, half)"""
+    outputs = "float[b,s,64] k, float[b,s,32] q, float[b,s,32] z"
+    assert split(body, outputs, wide) == ["Linear_2maps", "Linear_2maps"]
 
 
 @pytest.mark.parametrize(

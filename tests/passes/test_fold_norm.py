@@ -27,8 +27,8 @@ CONSTANTS = {
     "w": rows(K, 64, seed=1),
     "v": rows(K, 64, seed=2),
     "u": rows(K, 32, seed=3),
-    "odd": rows(K, 40, seed=4),
-    "ob": rows(40, seed=6),
+    "odd": rows(K, 31, seed=4),
+    "ob": rows(31, seed=6),
     "c": rows(64, seed=5),
     "g": np.linspace(0.5, 2, K, dtype=np.float32),
     "b": np.linspace(-1, 1, K, dtype=np.float32),
@@ -218,7 +218,7 @@ REFUSED = {
          "y = Add (h, r)", X + ", float[8,40] given", Y),
         (LN + "m = Reshape (n, rank3)\nh = MatMul (n, w)\nr = ReduceMax <keepdims: int = 0> (m)\n"
          "y = Add (h, r)", X, Y),
-        (LN + "m = Reshape (n, rank2)\ny = Gemm <alpha: float = 2.0> (m, odd)", X, "float[t,40] y"),
+        (LN + "m = Reshape (n, rank2)\ny = Gemm <alpha: float = 2.0> (m, odd)", X, "float[t,31] y"),
         (LN + "m = Reshape (n, rank2)\ny = Gemm (m, w)", X, "float[t,64] y, float[t,8] m"),
         (LN + "h = MatMul (n, w)\ny = If (flag) <\n"
          "then_branch = g1 () => (float[b,s,64] t) { k = MatMul (n, v)\n t = Add (h, k) },\n"

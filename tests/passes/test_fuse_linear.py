@@ -85,7 +85,7 @@ def test_what_follows_the_product_joins_it(kind: str) -> None:
     assert check(proto) == ([kind], [])
 
 
-@pytest.mark.parametrize(("width", "ragged"), [(128, ""), (50, "_ragged"), (1, "_ragged")])
+@pytest.mark.parametrize(("width", "ragged"), [(128, ""), (52, "_ragged"), (29, "_ragged")])
 @pytest.mark.parametrize(("halves", "gate"), [("g, u", "g"), ("u, g", "g")])
 def test_halves_of_one_product_are_dealt_out(
     halves: str, gate: str, width: int, ragged: str
@@ -98,7 +98,7 @@ def test_halves_of_one_product_are_dealt_out(
     assert check(proto) == ([f"LinearGLU_swish_bias{ragged}"], [])
 
 
-@pytest.mark.parametrize(("width", "end"), [(128, ""), (50, "_bias_ragged")])
+@pytest.mark.parametrize(("width", "end"), [(128, ""), (52, "_bias_ragged")])
 def test_interleaved_columns_are_dealt_out(width: int, end: str) -> None:
     ends = {"z": [0], "o": [1], "e": [2**31], "ax": [-1], "st": [2]}
     body = """h = MatMul (x, w)
@@ -243,6 +243,7 @@ CONSTANTS = {
     "brain": W.astype(ml_dtypes.bfloat16),
     "wide": W.astype(np.float64),
     "odd": rows(8, 95),
+    "uneven": rows(8, 144),  # halves of 72 columns, for which panels hold 96
     "batch": rows(2, 8, 64),
     "column": rows(5, 1),
     "matrix": rows(5, 128),
@@ -304,7 +305,7 @@ CONSTANTS = {
         (None, f"g = MatMul (x, w)\n u = MatMul (z, v)\n y = {GATED} (g, u)", PLAIN),
         (None, f"g = MatMul (x, w)\n u = MatMul (x, odd)\n y = {GATED} (g, u)", PLAIN),
         (
-            None,
+            "LinearGLU_sigmoid_bias",
             f"g = MatMul (x, w)\n h = MatMul (x, v)\n u = Add (h, b)\n y = {GATED} (g, u)",
             PLAIN,
         ),
@@ -318,6 +319,7 @@ CONSTANTS = {
         ("LinearGLU_sigmoid", f"h = MatMul (x, w)\n y = {GATED}_gate_up (h)", PLAIN),
         ("LinearGLU_sigmoid_bias", f"h = Gemm (x, w, one)\n y = {GATED}_up_gate (h)", MATRIX),
         (None, f"h = MatMul (x, odd)\n y = {GATED}_gate_up (h)", PLAIN),
+        (None, f"h = MatMul (x, uneven)\n y = {GATED}_gate_up (h)", PLAIN),
         (None, f"y = {GATED}_gate_up (x)", PLAIN),
         (
             None,
@@ -344,6 +346,7 @@ def test_a_weight_that_is_an_output_stays(name: str) -> None:
 
 
 REFUSED = {
+    "columns": ("y = MatMul (x, w)", {"w": rows(8, 50)}, "float[s,50] y"),
     "gemm_form": ("y = Gemm <alpha: float = 2.0> (x, w)", {"w": W}, "float[s,128] y"),
     "bias_shape": ("y = Gemm (x, w, b)", {"w": W, "b": rows(1, 1)}, "float[s,128] y"),
     "weight_shared": ("h = MatMul (x, w)\n c = Cos (w)\n u = MatMul (x, c)\n y = Add (h, u)",
@@ -368,9 +371,9 @@ def test_a_weight_without_numbers_stays(sizes: tuple[int, int]) -> None:
     assert check(proto) == ([], ["empty"])
 
 
-@pytest.mark.parametrize("columns", [1, 31, 33, 80])
+@pytest.mark.parametrize("columns", [26, 31, 104, 127])
 @pytest.mark.parametrize("kind", ACTIVATED)
-def test_columns_that_fill_no_panel(kind: str, columns: int) -> None:
+def test_columns_that_leave_a_panel_unfilled(kind: str, columns: int) -> None:
     """Without a bias they get one, and both of a gated unit do."""
     constants = {"w": W[:, :columns], "v": V[:, :columns], "b": B[:columns]}
     proto = model(
@@ -380,23 +383,30 @@ def test_columns_that_fill_no_panel(kind: str, columns: int) -> None:
     assert check(proto) == ([f"{unit}_bias_ragged"], [])
 
 
-def test_one_bias_of_a_gated_unit_that_fills_no_panel() -> None:
+@pytest.mark.parametrize(("columns", "end"), [(50, None), (52, "_ragged"), (64, "")])
+def test_one_bias_of_a_gated_unit(columns: int, end: str | None) -> None:
     body = """g = MatMul (x, w)\n u = MatMul (x, v)\n t = Add (u, b)
         s = Sigmoid (g)\n a = Mul (g, s)\n y = Mul (a, t)"""
-    constants = {"w": W[:, :50], "v": V[:, :50], "b": B[:50]}
-    proto = model(body, "float[s,8] x", "float[s,50] y", constants=constants)
-    assert check(proto) == (["LinearGLU_swish_bias_ragged"], [])
+    constants = {"w": W[:, :columns], "v": V[:, :columns], "b": B[:columns]}
+    proto = model(body, "float[s,8] x", f"float[s,{columns}] y", constants=constants)
+    refused: list[str | None] = ["columns", "columns"]
+    wanted = ([], refused) if end is None else ([f"LinearGLU_swish_bias{end}"], [])
+    assert check(proto) == wanted
 
 
-def test_a_bias_for_columns_that_fill_no_panel_keeps_the_sign_of_zero() -> None:
-    weight = np.zeros((8, 33), np.float32)
-    weight[:, 0] = -0.0
-    after, _ = lowered(
-        model("y = MatMul (x, w)", "float[s,8] x", "float[s,33] y", constants={"w": weight})
-    )
-    bias = onnx.numpy_helper.to_array(after.graph.initializer[1])
-    assert np.array_equal(bias, np.zeros(33))
-    assert np.signbit(bias).all()
+def test_a_made_up_bias_keeps_the_sign_of_zero() -> None:
+    """Beside a bias of 0, which does not."""
+    body = "y = MatMul (x, w)\n h = MatMul (x, v)\n z = Add (h, nothing)"
+    constants = {"w": W[:, :31], "v": V[:, :31], "nothing": np.float32(0)}
+    outputs = "float[s,31] y, float[s,31] z"
+    after, _ = lowered(model(body, "float[s,8] x", outputs, constants=constants))
+    held = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in after.graph.initializer}
+    signs = []
+    for node in after.graph.node:
+        bias = held[node.input[2]]
+        assert np.array_equal(bias, np.zeros(31))
+        signs.append({bool(sign) for sign in np.signbit(bias)})
+    assert signs == [{True}, {False}]
 
 
 def test_numbers_that_are_not_finite_stay_so() -> None:

@@ -6,8 +6,17 @@
    panels of one map. Blocks are as high as lets their part of x stay in the caches of a core while
    the panels pass by: each block reads all of the weight. */
 
-/* Fewer rows than BOUND_ROWS take no less time: weights must come from memory. */
-enum { PANEL = 32, BLOCK_BYTES = 1 << 23, LINEAR_TASK = 1 << 20, LAYOUT_TASK = 1 << 15, BOUND_ROWS = 8 };
+/* Multiply-adds: up to LINEAR_ALONE threads cost more than they save, more are dealt out in tasks of
+   LINEAR_TASK or a panel. Fewer rows than BOUND_ROWS take no less time: weights must come from
+   memory. */
+enum {
+  PANEL = 32,
+  BLOCK_BYTES = 1 << 23,
+  LINEAR_ALONE = 1 << 21,
+  LINEAR_TASK = 1 << 17,
+  LAYOUT_TASK = 1 << 15,
+  BOUND_ROWS = 8
+};
 
 typedef struct {
   const State* state;
@@ -18,6 +27,7 @@ typedef struct {
   int64_t columns[MAX_OUTPUTS], panels[MAX_OUTPUTS]; /* of each y; none if it is not wanted */
   int64_t height, taller, count; /* rows of a tile, tiles of two rows more, tiles */
   int64_t layout_block, row_block, panel_block, panel_blocks; /* the first two of tiles */
+  int alone; /* on one thread */
   atomic_int failed;
 } LinearJob;
 
@@ -128,14 +138,15 @@ static int64_t linear_tasks(LinearJob* job) {
   if (most < 1) most = 1;
   for (int map = 0; map < job->state->op->outputs; ++map) panels += job->panels[map];
   if (linear_panel_blocks(job) > most) job->panel_block = shares(panels, most);
+  job->alone = work * (double)(panels * blocks) <= LINEAR_ALONE;
   job->panel_blocks = linear_panel_blocks(job);
   return blocks * job->panel_blocks;
 }
 
 static OrtStatus* linear_share(OrtKernelContext* context, void (*task)(void*, size_t),
                                int64_t tasks, LinearJob* job) {
-  if (tasks > 1) return ParallelFor(context, task, (size_t)tasks, 0, job);
-  task(job, 0);
+  if (tasks > 1 && !job->alone) return ParallelFor(context, task, (size_t)tasks, 0, job);
+  for (int64_t index = 0; index < tasks; ++index) task(job, (size_t)index);
   return NULL;
 }
 

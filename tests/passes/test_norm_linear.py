@@ -264,7 +264,7 @@ def test_the_report_names_norm_and_map_and_what_was_folded() -> None:
 
 
 EXPECTED = {
-    "llama": {"Linear_3maps_rms": 2, "LinearGLU_swish_rms": 2},
+    "llama": {"Linear_3maps_rms": 2, "LinearGLU_swish_rms": 2, "Linear_bias_ragged_rms": 1},
     "t5_v1_1_enc": {"Linear_3maps_rms": 2, "LinearGLU_gelu_tanh_rms": 2},
     "vit": {"Linear_3maps_bias_ln": 1, "Linear_gelu_bias_ln": 2},  # the first adds positions
     "bert": {},

@@ -21,7 +21,7 @@ demo: $(VENV)/.core
 	$(BIN)/fusenorm optimize models/llama_tiny.onnx -o build/demo/llama_tiny.fnorm
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -n $(JOBS) -m "not cuda and not serving"
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not cuda and not serving"
 
 test-cuda-build: .venv-cuda/.done
 	FUSENORM_ALL_OPS=1 .venv-cuda/bin/python -m pytest -n $(JOBS) --dist loadgroup -k cuda -m "not cuda" tests/kernels tests/lower

@@ -127,7 +127,7 @@ def bench(
     source = stored.manifest["source"]["sha256"]
     if model is not None and source is not None and sha256(Path(model)) != source:
         raise BadInput(f"is not the model {stored.name} was made from", file=model)
-    session = load(stored, threads, _options(), fallback=False)
+    session = load(stored, threads, options(threads), fallback=False)
     feed = (
         read_npz(inputs, stored.signature.inputs)
         if inputs is not None
@@ -213,14 +213,25 @@ def _feed(
     )
 
 
-def _options(threads: int | None = None) -> ort.SessionOptions:
-    options = ort.SessionOptions()
-    options.log_severity_level = 4  # what goes wrong is raised
+def options(threads: int | None) -> ort.SessionOptions:
+    """Options of every onnxruntime session that is measured.
+
+    Its threads are pinned, as onnxruntime pins those of its default number only: left alone, two of
+    them share a CPU for a whole run now and then.
+    """
+    made = ort.SessionOptions()
+    made.log_severity_level = 4  # what goes wrong is raised
     # Idle threads of one side must not spin while another is measured, only within its runs.
-    options.add_session_config_entry("session.force_spinning_stop", "1")
+    made.add_session_config_entry("session.force_spinning_stop", "1")
     if threads is not None:
-        options.intra_op_num_threads = threads
-    return options
+        made.intra_op_num_threads = threads
+        others = (
+            sorted(os.sched_getaffinity(0))[1:threads] if hasattr(os, "sched_getaffinity") else []
+        )
+        if threads > 1 and len(others) == threads - 1:  # the first thread is the caller's
+            places = ";".join(str(cpu + 1) for cpu in others)
+            made.add_session_config_entry("session.intra_op_thread_affinities", places)
+    return made
 
 
 def side(
@@ -245,7 +256,7 @@ def _plain(
     try:
         return ort.InferenceSession(
             source,
-            _options(threads),
+            options(threads),
             providers=["CPUExecutionProvider"],
             disabled_optimizers=list(disabled),
         )

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import os
 import time
 
 import onnx.parser
@@ -9,7 +10,7 @@ import onnx_ir as ir
 import pytest
 
 from fusenorm.artifact import Artifact, Source, sha256
-from fusenorm.bench import bench, measure
+from fusenorm.bench import bench, measure, options
 from fusenorm.errors import BadInput
 
 
@@ -70,3 +71,12 @@ def test_refuses_what_it_cannot_measure(artifact, folder, fused, llama, tmp_path
     bench(other, fused, seconds=0.0)
     with pytest.raises(BadInput, match="is not the model fused was made from"):
         bench(other, llama)
+
+
+def test_measured_sessions_have_their_threads_pinned() -> None:
+    entry, places = "session.intra_op_thread_affinities", sorted(os.sched_getaffinity(0))
+    for threads in (1, len(places) + 1):
+        with pytest.raises(RuntimeError, match="affinities"):
+            options(threads).get_session_config_entry(entry)
+    if len(places) > 1:
+        assert options(2).get_session_config_entry(entry) == str(places[1] + 1)

@@ -25,7 +25,7 @@ import onnxruntime as ort
 import torch
 
 import fusenorm
-from fusenorm.bench import AGAINST, OURS, Row, measure, side
+from fusenorm.bench import AGAINST, OURS, Row, measure, options, side
 from fusenorm.errors import BadInput
 from tests.bench.models import ARCHITECTURES, Architecture, Dtype, export, module
 
@@ -123,9 +123,7 @@ def compiled(model: Path) -> Path:
 
 def ours(model: Path, threads: int) -> ort.InferenceSession:
     """The compiled model."""
-    options = ort.SessionOptions()
-    options.add_session_config_entry("session.force_spinning_stop", "1")
-    return fusenorm.load(compiled(model), threads=threads, session_options=options)
+    return fusenorm.load(compiled(model), threads=threads, session_options=options(threads))
 
 
 def main() -> None:

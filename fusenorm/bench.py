@@ -225,11 +225,9 @@ def options(threads: int | None) -> ort.SessionOptions:
     made.add_session_config_entry("session.force_spinning_stop", "1")
     if threads is not None:
         made.intra_op_num_threads = threads
-        others = (
-            sorted(os.sched_getaffinity(0))[1:threads] if hasattr(os, "sched_getaffinity") else []
-        )
-        if threads > 1 and len(others) == threads - 1:  # the first thread is the caller's
-            places = ";".join(str(cpu + 1) for cpu in others)
+        cpus = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+        if 1 < threads <= len(cpus):  # the first thread is the caller's
+            places = ";".join(str(cpu + 1) for cpu in cpus[1:threads])
             made.add_session_config_entry("session.intra_op_thread_affinities", places)
     return made
 

@@ -57,6 +57,8 @@ def test_columns_that_fill_no_panel_are_a_problem_of_their_own() -> None:
         Problem("Linear_bias_ragged", ((2, 8, 32),), 28),
         Problem("LinearGLU_identity_bias_ragged", ((4, 8, 32),), 29),
     ]
+    like = Problem("Linear_bias_ragged", ((2, 8, 32),), 29)
+    assert tune._flat(like) != tune._flat(problems(lowered)[0])  # nor remembered as one
     spec = Linear("identity", gated=True, bias=True, ragged=True)
     held = {
         tensor.name: tensor for tensor in tune._model(spec, problems(lowered)[1]).graph.initializer

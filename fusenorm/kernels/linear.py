@@ -391,7 +391,7 @@ class _Epilogue:
                 if self.spec.residual:
                     value = self._with_residual(value, [row + i, columns])
                 y = T.bind(narrow(self.lanes, self.spec.dtype, value))
-                if whole:
+                if mask is None:
                     T.buffer_store(self.buffers["y"], y, [row + i, columns])
                 else:
                     T.evaluate(T.masked_store(self.buffers["y"], y, row + i, columns, mask))
@@ -418,11 +418,11 @@ class _Epilogue:
         if not self.spec.bias:
             return value
         names = [slot.name for slot in self.spec.inputs if slot.layout == "vector"]
-        bias = self.buffers[names[part]]
+        biases = self.buffers[names[part]]
         if mask is None:
-            stored = bias[columns]
+            stored = biases[columns]
         else:
-            stored = T.masked_load(lanes.type(BUFFER[dtype]), bias, columns, mask)
+            stored = T.masked_load(lanes.type(BUFFER[dtype]), biases, columns, mask)
         bias = T.bind(widen(lanes, dtype, T.bind(stored)))
         return lanes.let(round_to(lanes, dtype, value + bias))
 
